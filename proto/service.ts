@@ -1,0 +1,62 @@
+/**
+ * gRPC service definitions for @grpc/grpc-js, from the generated message classes: one line per method, no reflection.
+ */
+import type * as grpc from '@grpc/grpc-js';
+import type protobuf from 'protobufjs/minimal.js';
+import { control, snapshots, wellKnown } from './messages.js';
+
+/** What a generated message class offers to the wire. */
+interface MessageType<Message, Input> {
+  encode(message: Input): protobuf.Writer;
+  decode(bytes: Uint8Array): Message;
+}
+
+/** A method as both sides see it: what is sent may leave fields out, what is received has them all. */
+type Method<RequestIn, Request, ResponseIn, Response> = grpc.MethodDefinition<RequestIn, ResponseIn> & {
+  readonly received?: [Request, Response];
+};
+
+function method<RequestIn, Request extends RequestIn, ResponseIn, Response extends ResponseIn>(
+  path: string,
+  request: MessageType<Request, RequestIn>,
+  response: MessageType<Response, ResponseIn>,
+  responseStream = false,
+): Method<RequestIn, Request, ResponseIn, Response> {
+  return {
+    path,
+    requestStream: false,
+    responseStream,
+    requestSerialize: (message) => Buffer.from(request.encode(message).finish()),
+    requestDeserialize: (bytes) => request.decode(bytes),
+    responseSerialize: (message) => Buffer.from(response.encode(message).finish()),
+    responseDeserialize: (bytes) => response.decode(bytes),
+  };
+}
+
+const S = '/containerd.services.snapshots.v1.Snapshots/';
+
+/** containerd's snapshots service. */
+export const snapshotsService = {
+  prepare: method(`${S}Prepare`, snapshots.PrepareSnapshotRequest, snapshots.PrepareSnapshotResponse),
+  view: method(`${S}View`, snapshots.ViewSnapshotRequest, snapshots.ViewSnapshotResponse),
+  mounts: method(`${S}Mounts`, snapshots.MountsRequest, snapshots.MountsResponse),
+  commit: method(`${S}Commit`, snapshots.CommitSnapshotRequest, wellKnown.Empty),
+  remove: method(`${S}Remove`, snapshots.RemoveSnapshotRequest, wellKnown.Empty),
+  stat: method(`${S}Stat`, snapshots.StatSnapshotRequest, snapshots.StatSnapshotResponse),
+  update: method(`${S}Update`, snapshots.UpdateSnapshotRequest, snapshots.UpdateSnapshotResponse),
+  list: method(`${S}List`, snapshots.ListSnapshotsRequest, snapshots.ListSnapshotsResponse, true),
+  usage: method(`${S}Usage`, snapshots.UsageRequest, snapshots.UsageResponse),
+  cleanup: method(`${S}Cleanup`, snapshots.CleanupRequest, wellKnown.Empty),
+} as const;
+
+const C = '/erofs_nbd.control.v1.BlobServe/';
+
+/** The control API between snapshotter and blobserve. */
+export const controlService = {
+  hello: method(`${C}Hello`, control.HelloRequest, control.HelloResponse),
+  describe: method(`${C}Describe`, control.DescribeRequest, control.DescribeResponse),
+  attach: method(`${C}Attach`, control.AttachRequest, control.AttachResponse),
+  detach: method(`${C}Detach`, control.DetachRequest, control.DetachResponse),
+  list: method(`${C}List`, control.ListRequest, control.ListResponse),
+  shutdown: method(`${C}Shutdown`, control.ShutdownRequest, control.ShutdownResponse),
+} as const;
