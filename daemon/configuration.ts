@@ -1,0 +1,190 @@
+/**
+ * The configuration of both daemons: config.toml, validated once at start.
+ *
+ * Every key has a default, so an absent file is a valid configuration. Unknown keys are refused: a misspelt setting that
+ * is silently ignored costs its owner an evening.
+ */
+import { readFileSync } from 'node:fs';
+import path from 'node:path';
+import { parse, TomlError } from 'smol-toml';
+import { z } from 'zod';
+import { LOG_LEVELS } from './log.js';
+import { parseDuration, parseSize } from './quantity.js';
+
+export const DEFAULT_CONFIGURATION_FILE = '/etc/erofs-nbd/config.toml';
+
+/** A setting written as text with a unit, checked against a range in bytes or milliseconds. */
+function quantity(convert: (text: string) => number, fallback: string, minimum: string, maximum: string) {
+  return z
+    .string()
+    .default(fallback)
+    .transform((text, context) => {
+      try {
+        const value = convert(text);
+        if (value >= convert(minimum) && value <= convert(maximum)) return value;
+        context.addIssue({ code: 'custom', message: `expected something between ${minimum} and ${maximum}` });
+      } catch (error) {
+        context.addIssue({ code: 'custom', message: error instanceof Error ? error.message : String(error) });
+      }
+      return z.NEVER;
+    });
+}
+
+const size = (fallback: string, minimum: string, maximum: string) =>
+  quantity(parseSize, fallback, minimum, maximum);
+const duration = (fallback: string, minimum: string, maximum: string) =>
+  quantity(parseDuration, fallback, minimum, maximum);
+const powerOfTwo = (value: number) => Number.isInteger(Math.log2(value));
+
+/** Paths of unix sockets end up in a 108-byte field of the kernel (sun_path), one byte of it a NUL. */
+const SOCKET_PATH_MAX = 107;
+
+const absolutePath = z.string().refine((value) => path.isAbsolute(value), 'expected an absolute path');
+const socketPath = absolutePath.refine(
+  (value) => Buffer.byteLength(value) <= SOCKET_PATH_MAX,
+  `expected a path of at most ${SOCKET_PATH_MAX} bytes, the kernel's limit for a socket`,
+);
+
+const schema = z.strictObject({
+  version: z.literal(1).default(1),
+  root: absolutePath.default('/var/lib/erofs-nbd'),
+  address: socketPath.default('/run/erofs-nbd/snapshotter.sock'),
+  attach: z.enum(['auto', 'nbd', 'fuse']).default('auto'),
+  on_error: z.enum(['fail', 'unpack']).default('fail'),
+  log: z
+    .strictObject({
+      level: z.enum(LOG_LEVELS).default('info'),
+      format: z.enum(['auto', 'json', 'text']).default('auto'),
+    })
+    .prefault({}),
+  registry: z
+    .strictObject({
+      insecure: z.array(z.string()).default([]),
+      docker_config: absolutePath.default('/root/.docker/config.json'),
+      connect_timeout: duration('5s', '10ms', '10m'),
+      response_timeout: duration('15s', '10ms', '10m'),
+      stall_timeout: duration('15s', '10ms', '10m'),
+      max_connections_per_host: z.int().min(1).max(1024).default(16),
+    })
+    .prefault({}),
+  fetch: z
+    .strictObject({
+      read_deadline: duration('120s', '10ms', '30d'),
+      max_range: size('4MiB', '4KiB', '64MiB'),
+      readahead: size('8MiB', '0B', '1GiB'),
+      max_in_flight: size('32MiB', '1MiB', '4GiB'),
+    })
+    .prefault({}),
+  cache: z
+    .strictObject({
+      span_size: size('256KiB', '4KiB', '16MiB').refine(powerOfTwo, 'expected a power of two'),
+    })
+    .prefault({}),
+  nbd: z
+    .strictObject({
+      dead_connection_timeout: duration('30d', '1s', '365d'),
+      io_timeout: duration('1s', '100ms', '10m'),
+    })
+    .prefault({}),
+  fuse: z
+    .strictObject({
+      attach_timeout: duration('60s', '100ms', '1h'),
+    })
+    .prefault({}),
+  mount: z
+    .strictObject({
+      timeout: duration('150s', '1s', '1h'),
+      overlay_options: z.array(z.string()).default([]),
+    })
+    .prefault({}),
+  recovery: z
+    .strictObject({
+      attach: z.enum(['eager', 'first-use']).default('eager'),
+      restart_backoff_max: duration('10s', '100ms', '10m'),
+    })
+    .prefault({}),
+});
+
+/** Sizes in bytes, times in milliseconds. */
+export type Configuration = z.output<typeof schema>;
+
+/** What the command line says, which wins over the file. */
+export interface Overrides {
+  root?: string;
+  address?: string;
+  logLevel?: string;
+}
+
+/** A configuration that cannot be used: the message names the file, the line or key, the value and what was expected. */
+export class ConfigurationError extends Error {
+  override readonly name = 'ConfigurationError';
+}
+
+function describeValue(document: unknown, keys: readonly PropertyKey[]): string {
+  let value: unknown = document;
+  for (const key of keys) {
+    value =
+      typeof value === 'object' && value !== null ? (value as Record<PropertyKey, unknown>)[key] : undefined;
+  }
+  return value === undefined ? '' : ` = ${JSON.stringify(value)}`;
+}
+
+function validate(document: unknown, origin: string): Configuration {
+  const result = schema.safeParse(document);
+  if (result.success) return result.data;
+  const lines = result.error.issues.map((issue) => {
+    if (issue.code === 'unrecognized_keys') {
+      const place = [...issue.path, ...issue.keys.slice(0, 1)].join('.');
+      return `${origin}: ${place}: no such setting; config.toml of the package lists them all`;
+    }
+    const place = issue.path.join('.');
+    return `${origin}: ${place}${describeValue(document, issue.path)}: ${issue.message}`;
+  });
+  throw new ConfigurationError(lines.join('\n'));
+}
+
+/**
+ * Parses and checks the text of a configuration file.
+ *
+ * @param origin the file's name, for messages
+ * @throws {ConfigurationError}
+ */
+export function parseConfiguration(text: string, origin: string, overrides: Overrides = {}): Configuration {
+  let document: Record<string, unknown>;
+  try {
+    document = parse(text);
+  } catch (error) {
+    if (!(error instanceof TomlError)) throw error;
+    const reason = error.message.split('\n', 1)[0] ?? '';
+    throw new ConfigurationError(`${origin}: line ${error.line}, column ${error.column}: ${reason}`);
+  }
+  const configuration = validate(document, origin);
+  if (Object.values(overrides).every((value) => value === undefined)) return configuration;
+  const merged: Record<string, unknown> = { ...document };
+  if (overrides.root !== undefined) merged.root = path.resolve(overrides.root);
+  if (overrides.address !== undefined) merged.address = path.resolve(overrides.address);
+  if (overrides.logLevel !== undefined) {
+    merged.log = { ...(document.log as object | undefined), level: overrides.logLevel };
+  }
+  return validate(merged, 'command line');
+}
+
+/**
+ * Reads the configuration.
+ *
+ * @param file what `--config` names; undefined: the default file, which may be absent
+ * @throws {ConfigurationError} also when a file that was asked for cannot be read
+ */
+export function loadConfiguration(file: string | undefined, overrides: Overrides = {}): Configuration {
+  const name = file ?? DEFAULT_CONFIGURATION_FILE;
+  let text = '';
+  try {
+    text = readFileSync(name, 'utf8');
+  } catch (error) {
+    const code = (error as NodeJS.ErrnoException).code ?? String(error);
+    if (file !== undefined || code !== 'ENOENT') {
+      throw new ConfigurationError(`${name}: cannot be read (${code})`);
+    }
+  }
+  return parseConfiguration(text, name, overrides);
+}
