@@ -4,7 +4,9 @@
 # ${EROFS_NBD_CACHE:-~/.cache/erofs-nbd}/apt/SUITE. What apt downloads is verified against Debian's archive keys.
 #
 #   fetch-packages.sh [--with-dependencies] SUITE DIRECTORY PACKAGE[=VERSION]...
+#   fetch-packages.sh --list SUITE PACKAGE...
 #
+#   --list               only prints name=version of the packages and all their dependencies, a line each
 #   --with-dependencies  also everything the packages depend on, as on a system with nothing installed (no recommends)
 #   SUITE                bookworm, bookworm-backports, trixie, sid, ...; or `system`, the suite this system runs
 #   DIRECTORY            where the packages are unpacked; replaced as a whole. DIRECTORY/.packages lists what is in it
@@ -19,11 +21,11 @@ die() {
   exit 1
 }
 
-CLOSURE=no
-if [ "${1:-}" = --with-dependencies ]; then
-  CLOSURE=yes
-  shift
-fi
+CLOSURE=no LIST=no
+case ${1:-} in
+  --with-dependencies) CLOSURE=yes; shift ;;
+  --list) CLOSURE=yes; LIST=yes; shift; set -- "${1:-}" /nonexistent "${@:2}" ;;
+esac
 [ $# -ge 3 ] || die "usage: fetch-packages.sh [--with-dependencies] SUITE DIRECTORY PACKAGE[=VERSION]..."
 SUITE=$1
 TARGET=$2
@@ -49,18 +51,21 @@ fi
 
 CACHE=$(realpath -m -- "${EROFS_NBD_CACHE:-$HOME/.cache/erofs-nbd}")/apt
 STATE=$CACHE/$SUITE
-mkdir -p "$CACHE/locks" "$(dirname -- "$TARGET")"
-exec {TARGET_LOCK}>"$CACHE/locks/$(echo "$TARGET" | sha256sum | cut -c 1-32)"
-flock "$TARGET_LOCK"
-# Another run may have finished it while this one waited.
-if complete; then exit 0; fi
+if [ "$LIST" = no ]; then
+  mkdir -p "$CACHE/locks" "$(dirname -- "$TARGET")"
+  exec {TARGET_LOCK}>"$CACHE/locks/$(echo "$TARGET" | sha256sum | cut -c 1-32)"
+  flock "$TARGET_LOCK"
+  # Another run may have finished it while this one waited.
+  if complete; then exit 0; fi
+fi
 
 mkdir -p "$STATE"/{etc/apt.conf.d,etc/preferences.d,lists/partial,archives/partial,state,log}
 exec {SUITE_LOCK}>"$STATE/lock"
 flock "$SUITE_LOCK"
 
 WORK=$(mktemp -d "$STATE/work.XXXXXX")
-UNPACKED=$(mktemp -d "$TARGET.XXXXXX")
+if [ "$LIST" = yes ]; then UNPACKED=$WORK/unpacked; else UNPACKED=$(mktemp -d "$TARGET.XXXXXX"); fi
+mkdir -p -m 755 "$UNPACKED"
 chmod 755 "$UNPACKED"
 trap 'rm -rf -- "$WORK" "$UNPACKED" "$UNPACKED.replaced"' EXIT
 
@@ -206,11 +211,16 @@ write_configuration
 if [ -z "$(find "$LISTS" -mmin -720 2>/dev/null)" ] || [ "$(cat "$LISTS" 2>/dev/null)" != "$MIRROR" ]; then
   refresh_lists
 fi
-if ! { select_packages "$@" && download; }; then
+fetch() { select_packages "$@" && { [ "$LIST" = yes ] || download; }; }
+if ! fetch "$@"; then
   # Lists of some hours ago may name versions that the mirror has replaced since.
   refresh_lists
   select_packages "$@" || explain "no such package, or its dependencies cannot be met: $*"
-  download || explain "cannot download"
+  [ "$LIST" = yes ] || download || explain "cannot download"
+fi
+if [ "$LIST" = yes ]; then
+  LC_ALL=C sort "$WORK/selection"
+  exit 0
 fi
 
 sort -o "$WORK/selection" "$WORK/selection"
