@@ -8,7 +8,7 @@ import { libc } from './libc.js';
 /** Fail with EAGAIN rather than wait for the disk; <linux/fs.h>. */
 const RWF_NOWAIT = 0x00000008;
 
-const { EAGAIN, EOPNOTSUPP, ENOSYS, EINVAL } = koffi.os.errno as Record<string, number>;
+const { EOPNOTSUPP, ENOSYS } = koffi.os.errno;
 
 /** struct iovec of <bits/types/struct_iovec.h>: base address u64, length u64 (64-bit, little endian). */
 const IOVEC_SIZE = 16;
@@ -17,12 +17,15 @@ const IOVEC_SIZE = 16;
  * One vector for all calls, in memory that does not move: a call is synchronous, so no two use it at once. Written as
  * 32-bit halves, because a BigInt for each would cost more than the system call.
  */
-const vector = koffi.alloc('uint8_t', IOVEC_SIZE) as bigint;
+const vector: unknown = koffi.alloc('uint8_t', IOVEC_SIZE);
 const vectorWords = new Uint32Array(koffi.view(vector, IOVEC_SIZE));
+
+/** Keeps the buffer alive during the call: the kernel knows its address only, and a number holds nothing. */
+const inCall: { target: Buffer | undefined } = { target: undefined };
 
 const preadv2 = libc.func('long preadv2(int fd, void *iov, int iovcnt, int64_t offset, int flags)') as (
   fd: number,
-  iov: bigint,
+  iov: unknown,
   count: number,
   offset: number,
   flags: number,
@@ -72,12 +75,12 @@ export class PageCachedFile {
     vectorWords[1] = address / 0x1_0000_0000;
     vectorWords[2] = target.length;
     vectorWords[3] = target.length / 0x1_0000_0000;
+    inCall.target = target;
     const count = preadv2(this.fd, vector, 1, offset, RWF_NOWAIT);
+    inCall.target = undefined;
     if (count >= 0) return count;
     const errno = koffi.errno();
-    if (errno !== EAGAIN && (errno === EOPNOTSUPP || errno === ENOSYS || errno === EINVAL)) {
-      this.#supported = false;
-    }
+    if (errno === EOPNOTSUPP || errno === ENOSYS) this.#supported = false;
     return undefined;
   }
 }
