@@ -1,0 +1,33 @@
+/**
+ * Where things are below the root directory: said once, since both daemons, the command and the tests look there.
+ */
+import path from 'node:path';
+
+export interface Layout {
+  readonly root: string;
+  /** One directory per snapshot, named by its number; `fs` in it holds its files. */
+  readonly snapshots: string;
+  /** One directory per layer that is served, named by its number; mounted at `fs` in it. */
+  readonly layers: string;
+  /** Blobs, as far as they have been fetched, by digest. */
+  readonly cache: string;
+  /** Where the FUSE file system with one file per layer is mounted. */
+  readonly fuse: string;
+  /** Blobserve's control socket. */
+  readonly controlSocket: string;
+  /** Who holds the FUSE connection besides the daemons. */
+  readonly fuseKeeper: string;
+}
+
+export function layout(root: string): Layout {
+  const below = (name: string): string => path.join(root, name);
+  return {
+    root,
+    snapshots: below('snapshots'),
+    layers: below('layers'),
+    cache: below('cache'),
+    fuse: below('fuse'),
+    controlSocket: below('blobserve.sock'),
+    fuseKeeper: below('fuse-keeper.json'),
+  };
+}

@@ -1,0 +1,174 @@
+/**
+ * The snapshotter's parts put together, in the order they come up and go down.
+ *
+ * Up: lock, database, socket (calls are answered from here on), then, behind it, data plane and recovery: a call that
+ * needs a layer waits for that layer, all others do not. Down: socket, work under way; the data plane goes on as long as
+ * anything is attached.
+ */
+import { mkdir } from 'node:fs/promises';
+import * as grpc from '@grpc/grpc-js';
+import type { Configuration } from '../daemon/configuration.js';
+import { layout as layoutOf, type Layout } from '../daemon/layout.js';
+import type { Logger } from '../daemon/log.js';
+import { VERSION } from '../daemon/version.js';
+import { openDatabase, type MetadataDatabase } from '../metadata/database.js';
+import { LayerStore } from '../metadata/layers.js';
+import { SnapshotStore } from '../metadata/snapshots.js';
+import { snapshotsService } from '../proto/service.js';
+import type { BlobServeProcess } from './blobserve-process.js';
+import { closeDataPlane, openDataPlane } from './data-plane.js';
+import { LayerAttachments } from './layer-attachments.js';
+import { LayerFinder } from './layer-finder.js';
+import { Mounter } from './mounter.js';
+import { kernelOverlayOptions } from './overlay.js';
+import { snapshotsImplementation } from './service.js';
+import { Snapshotter } from './snapshotter.js';
+import { listen } from './socket.js';
+
+export interface DaemonOptions {
+  readonly configuration: Configuration;
+  /** Arguments the data plane is started with as well. */
+  readonly sharedArguments: readonly string[];
+  readonly log: Logger;
+}
+
+/** Milliseconds that calls under way get to end before the daemon does. */
+const STOP_TIMEOUT = 10_000;
+/** containerd's own limit for messages is 16 MiB. */
+const MESSAGE_MAX = 16 * 2 ** 20;
+
+export class Daemon {
+  readonly #options: DaemonOptions;
+  readonly #layout: Layout;
+  readonly #log: Logger;
+  readonly #mounter: Mounter;
+  #database: MetadataDatabase | undefined;
+  #layers: LayerStore | undefined;
+  #server: grpc.Server | undefined;
+  #snapshotter: Snapshotter | undefined;
+  #dataPlane: Promise<BlobServeProcess> | undefined;
+
+  constructor(options: DaemonOptions) {
+    this.#options = options;
+    this.#layout = layoutOf(options.configuration.root);
+    this.#log = options.log;
+    this.#mounter = new Mounter({ timeoutMs: options.configuration.mount.timeout });
+  }
+
+  /** Resolves when the socket answers; recovery goes on behind it. */
+  async start(): Promise<void> {
+    const { configuration } = this.#options;
+    const { attachments, snapshotter } = await this.#open();
+    await snapshotter.recover();
+    const server = new grpc.Server({ 'grpc.max_receive_message_length': MESSAGE_MAX });
+    server.addService(snapshotsService, snapshotsImplementation(snapshotter, this.#log));
+    await listen(server, configuration.address);
+    this.#server = server;
+    this.#log.info({ version: VERSION, address: configuration.address, root: this.#layout.root }, 'ready');
+    this.#recover(attachments).catch((error: unknown) => {
+      this.#log.error({ err: error }, 'layers cannot be attached; everything else works');
+    });
+  }
+
+  /** Ends this process's part. The data plane goes on when anything is attached. */
+  async stop(): Promise<void> {
+    await this.#stopServer();
+    await this.#snapshotter?.settled();
+    const dataPlane = await this.#dataPlane?.catch(() => undefined);
+    if (dataPlane !== undefined) {
+      if (this.#layers?.devices().length === 0) await closeDataPlane(dataPlane, this.#layout, this.#log);
+      dataPlane.release();
+    }
+    this.#close();
+  }
+
+  /**
+   * Unmounts and detaches every layer and ends the data plane, without serving. Snapshots stay in the database, and their
+   * layers are attached again when they are wanted.
+   */
+  async teardown(): Promise<void> {
+    const { attachments } = await this.#open();
+    const dataPlane = await this.#dataPlaneOf(attachments);
+    const failures = await attachments.detachAll();
+    if (failures > 0) {
+      throw new Error(`${failures} layers are still in use: stop their containers first, then try again`);
+    }
+    await closeDataPlane(dataPlane, this.#layout, this.#log);
+    dataPlane.release();
+    this.#close();
+  }
+
+  async #open(): Promise<{ attachments: LayerAttachments; snapshotter: Snapshotter }> {
+    const { configuration } = this.#options;
+    await mkdir(this.#layout.root, { recursive: true, mode: 0o711 });
+    this.#database = openDatabase(this.#layout.root, { address: configuration.address, version: VERSION });
+    const snapshots = new SnapshotStore(this.#database);
+    const layers = new LayerStore(this.#database);
+    this.#layers = layers;
+    const dataPlane = async (): Promise<BlobServeProcess> => {
+      const process = await this.#dataPlaneOf(attachments);
+      await process.ready();
+      return process;
+    };
+    const attachments: LayerAttachments = new LayerAttachments({
+      directory: this.#layout.layers,
+      layers,
+      dataPlane,
+      mounter: this.#mounter,
+      log: this.#log,
+    });
+    const overlayOptions = [...(await kernelOverlayOptions()), ...configuration.mount.overlay_options];
+    const finder = new LayerFinder({ dataPlane, onError: configuration.on_error, log: this.#log });
+    const snapshotter = new Snapshotter({
+      layout: this.#layout,
+      snapshots,
+      layers,
+      attachments,
+      finder,
+      overlayOptions,
+      log: this.#log,
+    });
+    this.#snapshotter = snapshotter;
+    return { attachments, snapshotter };
+  }
+
+  /** The data plane, opened by whoever wants it first; a failure is not kept, so that the next call tries again. */
+  #dataPlaneOf(attachments: LayerAttachments): Promise<BlobServeProcess> {
+    this.#dataPlane ??= openDataPlane({
+      configuration: this.#options.configuration,
+      layout: this.#layout,
+      args: this.#options.sharedArguments,
+      mounter: this.#mounter,
+      log: this.#log,
+    }).then(
+      (dataPlane) => {
+        dataPlane.onStarted(() => attachments.serveAgain(dataPlane.client));
+        return dataPlane;
+      },
+      (error: unknown) => {
+        this.#dataPlane = undefined;
+        throw error;
+      },
+    );
+    return this.#dataPlane;
+  }
+
+  async #recover(attachments: LayerAttachments): Promise<void> {
+    await this.#dataPlaneOf(attachments);
+    await attachments.recover(this.#options.configuration.recovery.attach === 'eager');
+  }
+
+  async #stopServer(): Promise<void> {
+    const server = this.#server;
+    if (server === undefined) return;
+    await new Promise<void>((resolve) => {
+      const timer = setTimeout(() => (server.forceShutdown(), resolve()), STOP_TIMEOUT);
+      server.tryShutdown(() => (clearTimeout(timer), resolve()));
+    });
+  }
+
+  #close(): void {
+    this.#mounter.close();
+    this.#database?.close();
+  }
+}

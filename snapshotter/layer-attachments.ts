@@ -1,0 +1,259 @@
+/**
+ * Layers as mounted directories: one device and one mount per blob, however many snapshots use it.
+ *
+ * The order on the way up is: row, device, mount, row completed; on the way down: mount, device, row. So whatever this
+ * process has done when it dies, the rows name everything that can exist, and `ensure` settles what is really there.
+ */
+import { randomUUID } from 'node:crypto';
+import { mkdir, readFile, rm } from 'node:fs/promises';
+import path from 'node:path';
+import pLimit from 'p-limit';
+import type { Logger } from '../daemon/log.js';
+import type { LayerStore, DeviceRow, LayerInput, LayerRow } from '../metadata/layers.js';
+import { control } from '../proto/messages.js';
+import { ControlError, type BlobServeClient } from './blobserve-client.js';
+import { KeyedLock } from './keyed-lock.js';
+import { mountAt } from './mount-table.js';
+import { MountError, type Mounter } from './mounter.js';
+
+/** Changes with every boot: tells devices of this boot from rows a reboot left. */
+async function readBootId(): Promise<string> {
+  return (await readFile('/proc/sys/kernel/random/boot_id', 'utf8')).trim();
+}
+
+const KINDS: Readonly<Record<LayerRow['kind'], control.LayerKind>> = {
+  erofs: control.LayerKind.EROFS,
+  tar: control.LayerKind.TAR,
+  tar_gzip: control.LayerKind.TAR_GZIP,
+  other: control.LayerKind.OTHER,
+};
+
+/** What serves layers, and how they reach the kernel there. */
+export interface DataPlane {
+  readonly client: BlobServeClient;
+  readonly backend: 'nbd' | 'fuse';
+}
+
+/** Layers settled at the same time after a start; each may wait for the registry. */
+const RECOVERY_CONCURRENCY = 8;
+
+export interface LayerAttachmentsOptions {
+  /** `<root>/layers` */
+  readonly directory: string;
+  readonly layers: LayerStore;
+  /** The data plane, once it answers. */
+  readonly dataPlane: () => Promise<DataPlane>;
+  readonly mounter: Mounter;
+  readonly log: Logger;
+}
+
+export class LayerAttachments {
+  readonly #options: LayerAttachmentsOptions;
+  readonly #layers: LayerStore;
+  readonly #log: Logger;
+  readonly #locks = new KeyedLock();
+  readonly #ready = new Set<number>();
+  #bootId: Promise<string> | undefined;
+
+  constructor(options: LayerAttachmentsOptions) {
+    this.#options = options;
+    this.#layers = options.layers;
+    this.#log = options.log;
+  }
+
+  /** Root of the layer's files, whether or not it is mounted now. */
+  directory(layerId: number): string {
+    return path.join(this.#options.directory, String(layerId), 'fs');
+  }
+
+  /**
+   * Attaches and mounts a layer, then calls `use` while nobody can take it away again. When either fails and nothing else
+   * uses the layer, nothing of it is left.
+   *
+   * @throws {ControlError | MountError} naming blob and cause
+   */
+  async attachFor<T>(layer: LayerInput, use: (layerId: number) => T): Promise<T> {
+    return this.#locks.run(layer.digest, async () => {
+      const { id } = this.#layers.findOrCreate(layer);
+      try {
+        await this.#ensure(id);
+        return use(id);
+      } catch (error) {
+        if (!this.#layers.isUsed(id)) await this.#takeDown(id);
+        throw error;
+      }
+    });
+  }
+
+  /**
+   * Sees to it that a layer in use is attached and mounted: at once when it is, otherwise (after a reboot, after a crash)
+   * whatever it takes.
+   *
+   * @throws {ControlError | MountError} naming blob and cause
+   */
+  async ensure(layerId: number): Promise<void> {
+    if (this.#ready.has(layerId)) return;
+    const { digest } = this.#layers.get(layerId);
+    await this.#locks.run(digest, () => this.#ensure(layerId));
+  }
+
+  /** Frees a layer that no snapshot uses any more. One that is used again by now is left alone. */
+  async release(layerId: number): Promise<void> {
+    const layer = this.#layers.find(layerId);
+    if (layer === undefined) return;
+    await this.#locks.run(layer.digest, async () => {
+      if (this.#layers.find(layerId) !== undefined && !this.#layers.isUsed(layerId)) {
+        await this.#takeDown(layerId);
+      }
+    });
+  }
+
+  /**
+   * Settles what the last process left, behind the first calls: frees layers that nobody uses, finds again or attaches
+   * again those in use. A layer that cannot be had now is logged, and tried again when it is wanted.
+   *
+   * @param eager also attaches layers that are not mounted (after a reboot), instead of on first use
+   */
+  async recover(eager: boolean): Promise<void> {
+    for (const { id } of this.#layers.orphans()) await this.#logged(id, this.release(id));
+    this.#bootId ??= readBootId();
+    const bootId = await this.#bootId;
+    const limit = pLimit(RECOVERY_CONCURRENCY);
+    const wanted = this.#layers.devices().filter((device) => eager || device.bootId === bootId);
+    await Promise.all(wanted.map(({ layerId }) => limit(() => this.#logged(layerId, this.ensure(layerId)))));
+  }
+
+  /** @returns how many layers could not be detached because something still uses their mounts */
+  async detachAll(): Promise<number> {
+    let failures = 0;
+    for (const { layerId } of this.#layers.devices()) {
+      const { digest } = this.#layers.get(layerId);
+      const detached = await this.#logged(
+        layerId,
+        this.#locks.run(digest, () => this.#detach(layerId)),
+      );
+      if (!detached) failures += 1;
+    }
+    return failures;
+  }
+
+  /** Tells a data plane that has just started what it has to serve: readers may be waiting for it. */
+  async serveAgain(client: BlobServeClient): Promise<void> {
+    const devices = this.#layers.devices();
+    await Promise.all(
+      devices.map(async (device) => {
+        try {
+          await this.#attach(client, this.#layers.get(device.layerId), device);
+        } catch (error) {
+          this.#ready.delete(device.layerId);
+          this.#log.error({ layer: device.layerId, err: error }, 'a layer cannot be served again');
+        }
+      }),
+    );
+  }
+
+  async #logged(layerId: number, work: Promise<void>): Promise<boolean> {
+    try {
+      await work;
+      return true;
+    } catch (error) {
+      this.#log.error({ layer: layerId, err: error }, 'layer not settled; tried again when it is wanted');
+      return false;
+    }
+  }
+
+  async #ensure(layerId: number): Promise<void> {
+    if (this.#ready.has(layerId)) return;
+    const layer = this.#layers.get(layerId);
+    const { client, backend } = await this.#options.dataPlane();
+    this.#bootId ??= readBootId();
+    const bootId = await this.#bootId;
+    const before = this.#layers.device(layerId);
+    const identifier = before?.identifier ?? `erofs-nbd:${randomUUID()}`;
+    this.#layers.beginAttach({ layerId, backend, identifier, bootId });
+    const { device, reconnected } = await this.#attach(client, layer, {
+      layerId,
+      identifier,
+      nbdIndex: before?.bootId === bootId ? before.nbdIndex : null,
+    });
+    await this.#mount(layer, device, reconnected);
+    this.#layers.mounted(layerId, this.directory(layerId));
+    this.#ready.add(layerId);
+  }
+
+  async #attach(
+    client: BlobServeClient,
+    layer: LayerRow,
+    { layerId, identifier, nbdIndex }: Pick<DeviceRow, 'layerId' | 'identifier' | 'nbdIndex'>,
+  ): Promise<{ device: control.Device; reconnected: boolean }> {
+    const response = await client.attach({
+      layerId,
+      identifier,
+      nbdIndex: nbdIndex ?? -1,
+      source: {
+        imageRef: layer.imageRef,
+        manifestDigest: layer.manifestDigest,
+        layerDigest: layer.digest,
+        mediaType: layer.mediaType,
+        size: layer.size,
+        kind: KINDS[layer.kind],
+        diffId: layer.diffId,
+      },
+    });
+    const { device } = response;
+    if (device === null || device === undefined)
+      throw new Error(`layer ${layer.digest}: no device in the answer`);
+    const full = control.Device.create(device);
+    this.#layers.attached(layerId, {
+      path: full.path,
+      nbdIndex: full.nbdIndex < 0 ? null : full.nbdIndex,
+      size: full.size,
+    });
+    return { device: full, reconnected: response.reconnected };
+  }
+
+  async #mount(layer: LayerRow, device: control.Device, reconnected: boolean): Promise<void> {
+    const { mounter } = this.#options;
+    const target = this.directory(layer.id);
+    const existing = await mountAt(target);
+    if (existing !== undefined) {
+      // A FUSE file keeps its name over restarts; an nbd device is the same only when it was reconnected.
+      const same = existing.type === 'erofs' && existing.source === device.path;
+      if (same && (reconnected || device.backend === control.Backend.FUSE)) return;
+      this.#log.warn(
+        { layer: layer.digest, mount: target, source: existing.source },
+        'replacing a dead mount',
+      );
+      await mounter.unmount(target, true);
+    }
+    await mkdir(target, { recursive: true });
+    try {
+      await mounter.mountErofs(device.path, target);
+    } catch (error) {
+      if (!(error instanceof MountError)) throw error;
+      throw new MountError(`layer ${layer.digest}: ${error.message}`, error.code);
+    }
+  }
+
+  /** Mount, device, row; each step may have been done before. */
+  async #detach(layerId: number): Promise<void> {
+    const target = this.directory(layerId);
+    this.#ready.delete(layerId);
+    this.#layers.beginDetach(layerId);
+    if ((await mountAt(target)) !== undefined) await this.#options.mounter.unmount(target);
+    const { client } = await this.#options.dataPlane();
+    await client.detach(layerId);
+    this.#layers.detached(layerId);
+    await rm(path.dirname(target), { recursive: true, force: true });
+  }
+
+  async #takeDown(layerId: number): Promise<void> {
+    if (this.#layers.device(layerId) !== undefined) await this.#detach(layerId);
+    this.#layers.release(layerId);
+  }
+}
+
+/** Whether a failure says that there is no data plane at the moment, so that the same call can be made again. */
+export function isDataPlaneGone(error: unknown): boolean {
+  return error instanceof ControlError && error.code === 14;
+}

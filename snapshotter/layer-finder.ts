@@ -1,0 +1,71 @@
+/**
+ * Which layer a Prepare asks for, and whether it can be served lazily.
+ */
+import * as grpc from '@grpc/grpc-js';
+import type { Logger } from '../daemon/log.js';
+import type { LayerInput } from '../metadata/layers.js';
+import { control } from '../proto/messages.js';
+import { ControlError, type BlobServeClient } from './blobserve-client.js';
+import { layerReference } from './layer-reference.js';
+
+export interface LayerFinderOptions {
+  readonly dataPlane: () => Promise<{ readonly client: BlobServeClient }>;
+  /** What to do about a layer that should be served lazily and cannot be: say so, or let containerd unpack it. */
+  readonly onError: 'fail' | 'unpack';
+  readonly log: Logger;
+}
+
+export class LayerFinder {
+  readonly #options: LayerFinderOptions;
+
+  constructor(options: LayerFinderOptions) {
+    this.#options = options;
+  }
+
+  /**
+   * @param key the snapshot's key, for the log
+   * @returns undefined when containerd should fetch and unpack the layer itself
+   * @throws {LabelError} a label that cannot be what its name says
+   * @throws {ControlError} the registry cannot be asked, with its host and what it answered
+   */
+  async find(labels: Readonly<Record<string, string>>, key: string): Promise<LayerInput | undefined> {
+    const { log } = this.#options;
+    const reference = layerReference(labels);
+    if (reference === undefined) {
+      log.debug({ key }, 'no image named in the labels: containerd unpacks this layer');
+      return undefined;
+    }
+    const { imageRef, manifestDigest, layerDigest, diffId } = reference;
+    let source;
+    try {
+      const { client } = await this.#options.dataPlane();
+      ({ source } = await client.describe({ source: { imageRef, manifestDigest, layerDigest, diffId } }));
+    } catch (error) {
+      if (this.#options.onError === 'fail' || !(error instanceof ControlError)) throw error;
+      log.warn(
+        { key, layer: layerDigest, image: imageRef, err: error },
+        'not served lazily: containerd unpacks it',
+      );
+      return undefined;
+    }
+    if (source === null || source === undefined) {
+      throw new ControlError(`layer ${layerDigest}: empty description`, grpc.status.INTERNAL);
+    }
+    if (source.kind !== control.LayerKind.EROFS) {
+      log.info(
+        { key, layer: layerDigest, image: imageRef, mediaType: source.mediaType },
+        'not a native EROFS layer: containerd unpacks it',
+      );
+      return undefined;
+    }
+    return {
+      digest: layerDigest,
+      imageRef,
+      manifestDigest: source.manifestDigest ?? manifestDigest,
+      mediaType: source.mediaType ?? '',
+      size: source.size ?? 0,
+      kind: 'erofs',
+      diffId,
+    };
+  }
+}

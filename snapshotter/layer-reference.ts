@@ -1,0 +1,52 @@
+/**
+ * Which layer of which image a Prepare means, from the labels clients send.
+ *
+ * Source of the labels: containerd, pkg/snapshotters/annotations.go and core/snapshots/snapshotter.go.
+ */
+
+/** The chain ID a remote snapshot is known by; its presence asks "do you have this, or can you get it by yourself?" */
+export const LABEL_SNAPSHOT_REF = 'containerd.io/snapshot.ref';
+const LABEL_IMAGE_REF = 'containerd.io/snapshot/cri.image-ref';
+const LABEL_MANIFEST_DIGEST = 'containerd.io/snapshot/cri.manifest-digest';
+const LABEL_LAYER_DIGEST = 'containerd.io/snapshot/cri.layer-digest';
+const LABEL_DIFF_ID = 'containerd.io/snapshot/diff-id';
+
+const DIGEST = /^sha256:[0-9a-f]{64}$/;
+
+/** A layer as its labels name it. */
+export interface LayerReference {
+  readonly imageRef: string;
+  /** Empty when the client did not say. */
+  readonly manifestDigest: string;
+  readonly layerDigest: string;
+  /** Empty when the client did not say. */
+  readonly diffId: string;
+}
+
+/** A label that cannot be what its name says. */
+export class LabelError extends Error {
+  override readonly name = 'LabelError';
+}
+
+function digestLabel(labels: Readonly<Record<string, string>>, name: string): string {
+  const value = labels[name] ?? '';
+  if (value !== '' && !DIGEST.test(value)) {
+    throw new LabelError(
+      `label ${name}=${JSON.stringify(value.slice(0, 128))}: expected sha256: and 64 lower-case hex digits`,
+    );
+  }
+  return value;
+}
+
+/**
+ * @returns undefined when the labels do not name an image and a layer
+ * @throws {LabelError} naming the label, its value and what was expected
+ */
+export function layerReference(labels: Readonly<Record<string, string>>): LayerReference | undefined {
+  const imageRef = labels[LABEL_IMAGE_REF] ?? '';
+  const layerDigest = digestLabel(labels, LABEL_LAYER_DIGEST);
+  const manifestDigest = digestLabel(labels, LABEL_MANIFEST_DIGEST);
+  const diffId = digestLabel(labels, LABEL_DIFF_ID);
+  if (imageRef === '' || layerDigest === '') return undefined;
+  return { imageRef, manifestDigest, layerDigest, diffId };
+}

@@ -1,0 +1,90 @@
+#!/usr/bin/env node
+/**
+ * The daemon `erofs-nbd-snapshotter`, in the foreground.
+ */
+import process from 'node:process';
+import { Command, Option } from 'commander';
+import { ConfigurationError, loadConfiguration } from '../daemon/configuration.js';
+import { createLogger, LOG_LEVELS } from '../daemon/log.js';
+import { VERSION } from '../daemon/version.js';
+import { MetadataError } from '../metadata/errors.js';
+import { RootInUseError } from '../metadata/root-lock.js';
+import { Daemon } from './daemon.js';
+
+interface CommandLine {
+  config?: string;
+  root?: string;
+  address?: string;
+  logLevel?: string;
+  teardown?: true;
+}
+
+const command = new Command('erofs-nbd-snapshotter')
+  .description('containerd snapshotter that starts containers without waiting for their images')
+  .version(VERSION)
+  .option('--config <file>', 'configuration file (default: /etc/erofs-nbd/config.toml, which may be absent)')
+  .option('--root <directory>', 'where snapshots, cache and database live (default: /var/lib/erofs-nbd)')
+  .option('--address <socket>', 'socket for containerd (default: /run/erofs-nbd/snapshotter.sock)')
+  .addOption(new Option('--log-level <level>', 'how much to log').choices([...LOG_LEVELS]))
+  .option('--teardown', 'detach every layer, end the data plane, and exit: before an uninstall')
+  .showHelpAfterError()
+  .configureOutput({ outputError: (text, write) => write(text) })
+  .exitOverride((error) => process.exit(error.exitCode === 0 ? 0 : 2));
+
+async function main(): Promise<void> {
+  const options = command.parse().opts<CommandLine>();
+  const { config, root, address, logLevel } = options;
+  const configuration = loadConfiguration(config, {
+    ...(root === undefined ? {} : { root }),
+    ...(address === undefined ? {} : { address }),
+    ...(logLevel === undefined ? {} : { logLevel }),
+  });
+  if (process.getuid?.() !== 0) {
+    throw new ConfigurationError(
+      'erofs-nbd-snapshotter mounts file systems and attaches devices: start it as root',
+    );
+  }
+  const log = createLogger('snapshotter', configuration.log.level, configuration.log.format);
+  process.on('uncaughtException', (error) => {
+    // State is in SQLite and in the kernel; the data plane goes on. Better a new start than an unknown state.
+    log.fatal({ err: error }, 'a fault of the program: ending; the data plane goes on serving');
+    process.exit(70);
+  });
+  const shared = [
+    ...(config === undefined ? [] : ['--config', config]),
+    '--root',
+    configuration.root,
+    '--log-level',
+    configuration.log.level,
+  ];
+  const daemon = new Daemon({ configuration, sharedArguments: shared, log });
+  if (options.teardown === true) {
+    await daemon.teardown();
+    return;
+  }
+  let stopping = false;
+  const stop = (signal: NodeJS.Signals): void => {
+    if (stopping) return;
+    stopping = true;
+    log.info({ signal }, 'stopping; what containers read goes on being served');
+    daemon.stop().then(
+      () => process.exit(0),
+      (error: unknown) => {
+        log.error({ err: error }, 'stopped with an error');
+        process.exit(1);
+      },
+    );
+  };
+  process.on('SIGTERM', stop);
+  process.on('SIGINT', stop);
+  await daemon.start();
+}
+
+main().catch((error: unknown) => {
+  const known =
+    error instanceof ConfigurationError || error instanceof RootInUseError || error instanceof MetadataError;
+  const text =
+    error instanceof Error ? (known ? error.message : (error.stack ?? error.message)) : String(error);
+  process.stderr.write(`erofs-nbd-snapshotter: ${text}\n`);
+  process.exit(1);
+});

@@ -1,0 +1,158 @@
+/**
+ * The snapshots service: translation between gRPC and the Snapshotter, nothing else.
+ */
+import * as grpc from '@grpc/grpc-js';
+import type { Logger } from '../daemon/log.js';
+import { MetadataError } from '../metadata/errors.js';
+import type { SnapshotInfo } from '../metadata/snapshots.js';
+import { snapshots } from '../proto/messages.js';
+import { ControlError } from './blobserve-client.js';
+import { FilterError, parseFilters } from './filter.js';
+import { LabelError } from './layer-reference.js';
+import type { Snapshotter } from './snapshotter.js';
+
+const KINDS = {
+  view: snapshots.Kind.VIEW,
+  active: snapshots.Kind.ACTIVE,
+  committed: snapshots.Kind.COMMITTED,
+} as const;
+
+const CODES: Readonly<Record<MetadataError['code'], grpc.status>> = {
+  already_exists: grpc.status.ALREADY_EXISTS,
+  not_found: grpc.status.NOT_FOUND,
+  invalid_argument: grpc.status.INVALID_ARGUMENT,
+  failed_precondition: grpc.status.FAILED_PRECONDITION,
+  unavailable: grpc.status.UNAVAILABLE,
+  internal: grpc.status.INTERNAL,
+};
+
+/** Infos per message of a List; containerd's own service sends as many. */
+const LIST_BATCH = 100;
+/** gRPC carries the message in a header, and peers bound the size of headers. */
+const MESSAGE_MAX = 2000;
+
+function toInfo(info: SnapshotInfo): snapshots.Info.$Properties {
+  const timestamp = (nanoseconds: bigint) => ({
+    seconds: Number(nanoseconds / 1_000_000_000n),
+    nanos: Number(nanoseconds % 1_000_000_000n),
+  });
+  return {
+    name: info.name,
+    parent: info.parent,
+    kind: KINDS[info.kind],
+    createdAt: timestamp(info.createdNs),
+    updatedAt: timestamp(info.updatedNs),
+    labels: info.labels,
+  };
+}
+
+function statusOf(error: unknown): grpc.status {
+  if (error instanceof MetadataError) return CODES[error.code];
+  if (error instanceof FilterError || error instanceof LabelError) return grpc.status.INVALID_ARGUMENT;
+  if (error instanceof ControlError) return error.code;
+  return grpc.status.INTERNAL;
+}
+
+/** The error as the client sees it. */
+function toServiceError(error: unknown): Partial<grpc.StatusObject> {
+  const message = error instanceof Error ? error.message : String(error);
+  return { code: statusOf(error), details: message.slice(0, MESSAGE_MAX) };
+}
+
+export function snapshotsImplementation(
+  snapshotter: Snapshotter,
+  log: Logger,
+): grpc.UntypedServiceImplementation {
+  /** A unary method: what it returns is the answer, what it throws is the status. */
+  function unary<Request, Response>(
+    name: string,
+    handle: (request: Request) => Response | Promise<Response>,
+  ): grpc.handleUnaryCall<Request, Response> {
+    return (call, callback) => {
+      const startedAt = performance.now();
+      void (async () => handle(call.request))().then(
+        (response) => {
+          log.debug({ call: name, ms: Math.round(performance.now() - startedAt) }, 'answered');
+          callback(null, response);
+        },
+        (error: unknown) => {
+          const status = toServiceError(error);
+          const expected = error instanceof MetadataError && error.code !== 'internal';
+          log[expected ? 'debug' : 'error']({ call: name, request: call.request, err: error }, 'refused');
+          callback(status);
+        },
+      );
+    };
+  }
+
+  return {
+    prepare: unary('Prepare', async (request: snapshots.PrepareSnapshotRequest) => ({
+      mounts: await snapshotter.prepare(request.key, request.parent, request.labels),
+    })),
+    view: unary('View', async (request: snapshots.ViewSnapshotRequest) => ({
+      mounts: await snapshotter.view(request.key, request.parent, request.labels),
+    })),
+    mounts: unary('Mounts', async (request: snapshots.MountsRequest) => ({
+      mounts: await snapshotter.mounts(request.key),
+    })),
+    commit: unary('Commit', async (request: snapshots.CommitSnapshotRequest) => {
+      await snapshotter.commit(request.name, request.key, request.labels, request.parent);
+      return {};
+    }),
+    remove: unary('Remove', (request: snapshots.RemoveSnapshotRequest) => {
+      snapshotter.remove(request.key);
+      return {};
+    }),
+    stat: unary('Stat', (request: snapshots.StatSnapshotRequest) => ({
+      info: toInfo(snapshotter.stat(request.key)),
+    })),
+    update: unary('Update', (request: snapshots.UpdateSnapshotRequest) => {
+      const { info, updateMask } = request;
+      if (info === null || info === undefined) {
+        throw new MetadataError('invalid_argument', 'update: no info given');
+      }
+      const update = { name: info.name ?? '', labels: info.labels ?? {} };
+      return { info: toInfo(snapshotter.update(update, updateMask?.paths ?? [])) };
+    }),
+    list: ((
+      call: grpc.ServerWritableStream<
+        snapshots.ListSnapshotsRequest,
+        snapshots.ListSnapshotsResponse.$Properties
+      >,
+    ) => {
+      const send = async (): Promise<void> => {
+        const matches = parseFilters(call.request.filters);
+        let batch: snapshots.Info.$Properties[] = [];
+        const flush = async (): Promise<void> => {
+          const info = batch;
+          batch = [];
+          if (call.write({ info })) return;
+          // A client that goes away never drains.
+          await new Promise<void>((resolve) => {
+            call.once('drain', resolve);
+            call.once('cancelled', resolve);
+          });
+        };
+        for (const info of snapshotter.list()) {
+          if (call.cancelled) return;
+          if (!matches(info)) continue;
+          batch.push(toInfo(info));
+          if (batch.length >= LIST_BATCH) await flush();
+        }
+        if (batch.length > 0) await flush();
+      };
+      send().then(
+        () => call.end(),
+        (error: unknown) => {
+          log.debug({ call: 'List', err: error }, 'refused');
+          call.destroy(Object.assign(new Error(), toServiceError(error)));
+        },
+      );
+    }) as grpc.UntypedHandleCall,
+    usage: unary('Usage', (request: snapshots.UsageRequest) => snapshotter.usage(request.key)),
+    cleanup: unary('Cleanup', async () => {
+      await snapshotter.cleanup();
+      return {};
+    }),
+  };
+}

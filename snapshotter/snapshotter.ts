@@ -1,0 +1,257 @@
+/**
+ * containerd's Snapshotter interface: directories and mounts. Every rule about kinds, parents and labels is the
+ * database's (metadata/); the methods stand in the order of the interface.
+ */
+import { createHash, randomUUID } from 'node:crypto';
+import { renameSync } from 'node:fs';
+import { chmod, mkdir, readdir, rename, rm, stat } from 'node:fs/promises';
+import path from 'node:path';
+import type { Layout } from '../daemon/layout.js';
+import type { Logger } from '../daemon/log.js';
+import { MetadataError } from '../metadata/errors.js';
+import type { LayerStore } from '../metadata/layers.js';
+import type { SnapshotInfo, SnapshotNode, SnapshotStore } from '../metadata/snapshots.js';
+import { diskUsage, type Usage } from './disk-usage.js';
+import type { LayerAttachments } from './layer-attachments.js';
+import { KeyedLock } from './keyed-lock.js';
+import type { LayerFinder } from './layer-finder.js';
+import { LABEL_SNAPSHOT_REF } from './layer-reference.js';
+import { snapshotMounts, type Mount } from './overlay.js';
+
+type Labels = Readonly<Record<string, string>>;
+
+export interface SnapshotterOptions {
+  readonly layout: Layout;
+  readonly snapshots: SnapshotStore;
+  readonly layers: LayerStore;
+  readonly attachments: LayerAttachments;
+  readonly finder: LayerFinder;
+  /** Options for every overlay mount. */
+  readonly overlayOptions: readonly string[];
+  readonly log: Logger;
+}
+
+const REMOVED = 'removed-';
+const NEW = 'new-';
+
+export class Snapshotter {
+  readonly #options: SnapshotterOptions;
+  readonly #snapshots: SnapshotStore;
+  readonly #attachments: LayerAttachments;
+  readonly #log: Logger;
+  readonly #chainLocks = new KeyedLock();
+  /** Directories of calls under way, which are nobody's orphans yet. */
+  readonly #creating = new Set<string>();
+  /** Work that goes on after its call was answered: directories being deleted, layers being freed. */
+  readonly #background = new Set<Promise<void>>();
+
+  constructor(options: SnapshotterOptions) {
+    this.#options = options;
+    this.#snapshots = options.snapshots;
+    this.#attachments = options.attachments;
+    this.#log = options.log;
+  }
+
+  /** @throws {MetadataError} not_found */
+  stat(key: string): SnapshotInfo {
+    return this.#snapshots.stat(key);
+  }
+
+  /** @throws {MetadataError} not_found, invalid_argument */
+  update(info: Pick<SnapshotInfo, 'name' | 'labels'>, fieldPaths: readonly string[]): SnapshotInfo {
+    return this.#snapshots.update(info, fieldPaths);
+  }
+
+  /** Space taken on this node by the snapshot alone, without its parents. */
+  async usage(key: string): Promise<Usage> {
+    const node = this.#snapshots.get(key);
+    if (node.layerId !== null) return this.#layerUsage(node.layerId);
+    if (node.kind === 'committed') return this.#snapshots.usage(key);
+    return diskUsage(path.join(this.#directory(node.id), 'fs'));
+  }
+
+  /**
+   * A writable snapshot; or, when the labels ask for a layer that can be served lazily, that layer committed.
+   *
+   * @throws {MetadataError} already_exists also when the layer asked for is there now, as containerd expects
+   */
+  async prepare(key: string, parent: string, labels: Labels): Promise<Mount[]> {
+    const chainId = labels[LABEL_SNAPSHOT_REF] ?? '';
+    if (chainId !== '' && (await this.#prepareLayer(chainId, key, parent, labels))) {
+      throw new MetadataError('already_exists', `target snapshot ${JSON.stringify(chainId)} already exists`);
+    }
+    return this.#create('active', key, parent, labels);
+  }
+
+  view(key: string, parent: string, labels: Labels): Promise<Mount[]> {
+    return this.#create('view', key, parent, labels);
+  }
+
+  /** @throws {MetadataError} not_found, failed_precondition for a committed snapshot */
+  async mounts(key: string): Promise<Mount[]> {
+    const node = this.#snapshots.get(key);
+    if (node.kind === 'committed') {
+      throw new MetadataError(
+        'failed_precondition',
+        `snapshot ${JSON.stringify(key)} is committed: nothing to mount`,
+      );
+    }
+    return this.#mounts(node);
+  }
+
+  /** @param parent only for an active snapshot that was prepared without one; empty otherwise */
+  async commit(name: string, key: string, labels: Labels, parent: string): Promise<void> {
+    const node = this.#snapshots.get(key);
+    // Walked before the transaction: containerd holds its own database's lock while it waits for us either way.
+    const usage =
+      node.kind === 'active'
+        ? await diskUsage(path.join(this.#directory(node.id), 'fs'))
+        : { size: 0, inodes: 0 };
+    this.#snapshots.commit(name, key, labels, usage, parent === '' ? undefined : parent);
+  }
+
+  /** Frees the snapshot's directory, and its layer's device and mount when it was the last to use it, in the background. */
+  remove(key: string): void {
+    const { id, releasedLayerId } = this.#snapshots.remove(key);
+    this.#inBackground(this.#deleteDirectory(id), `deleting snapshot ${id}`);
+    if (releasedLayerId !== undefined) {
+      this.#inBackground(this.#attachments.release(releasedLayerId), `freeing layer ${releasedLayerId}`);
+    }
+  }
+
+  list(): IterableIterator<SnapshotInfo> {
+    return this.#snapshots.list();
+  }
+
+  /** Deletes what removed snapshots, failed calls and crashes have left. Resolves when nothing of it is left to do. */
+  async cleanup(): Promise<void> {
+    await this.settled();
+    await this.#deleteDirectories(await this.#orphanDirectories());
+    for (const { id } of this.#options.layers.orphans()) await this.#attachments.release(id);
+  }
+
+  /** Resolves when the work of calls already answered is done. */
+  async settled(): Promise<void> {
+    while (this.#background.size > 0) await Promise.all(this.#background);
+  }
+
+  /**
+   * Settles what the last process may have left half done; before the first call.
+   *
+   * The directory of a snapshot is in place before its row is (see `#create`), so a directory without a row belongs to
+   * nobody, and no row lacks its directory.
+   */
+  async recover(): Promise<void> {
+    await mkdir(this.#options.layout.snapshots, { recursive: true, mode: 0o700 });
+    await mkdir(this.#options.layout.layers, { recursive: true, mode: 0o700 });
+    // Named now, deleted behind the first calls: it may be the remains of a large unpack.
+    const orphans = await this.#orphanDirectories();
+    this.#inBackground(this.#deleteDirectories(orphans), 'deleting what the last run left');
+  }
+
+  async #create(kind: 'active' | 'view', key: string, parent: string, labels: Labels): Promise<Mount[]> {
+    const name = `${NEW}${randomUUID()}`;
+    const temporary = path.join(this.#options.layout.snapshots, name);
+    let node: SnapshotNode;
+    this.#creating.add(name);
+    try {
+      await mkdir(path.join(temporary, 'fs'), { recursive: true, mode: 0o755 });
+      if (kind === 'active') await mkdir(path.join(temporary, 'work'), { mode: 0o711 });
+      await chmod(temporary, 0o700);
+      // Inside the transaction: a row never lacks its directory, whenever this process dies.
+      node = this.#snapshots.create(kind, key, parent, labels, (id) =>
+        renameSync(temporary, this.#directory(id)),
+      );
+    } catch (error) {
+      await rm(temporary, { recursive: true, force: true });
+      throw error;
+    } finally {
+      this.#creating.delete(name);
+    }
+    try {
+      return await this.#mounts(node);
+    } catch (error) {
+      this.remove(key);
+      throw error;
+    }
+  }
+
+  async #prepareLayer(chainId: string, key: string, parent: string, labels: Labels): Promise<boolean> {
+    return this.#chainLocks.run(`${chainId}\0${parent}`, async () => {
+      if (this.#snapshots.findByChain(chainId, parent) !== undefined) return true;
+      const layer = await this.#options.finder.find(labels, key);
+      if (layer === undefined) return false;
+      // (chain ID, parent) is the identity: the same layer may be wanted on a parent from another kind of pull.
+      const name = `erofs-nbd/${chainId}/${createHash('sha256').update(parent).digest('hex').slice(0, 16)}`;
+      await this.#attachments.attachFor(layer, (layerId) => {
+        this.#snapshots.createLayerSnapshot(name, parent, labels, layerId);
+      });
+      this.#log.info({ key, layer: layer.digest, image: layer.imageRef }, 'layer is served lazily');
+      return true;
+    });
+  }
+
+  async #mounts(node: SnapshotNode): Promise<Mount[]> {
+    const layerIds = node.parents.flatMap(({ layerId }) => (layerId === null ? [] : [layerId]));
+    await Promise.all(layerIds.map((layerId) => this.#attachments.ensure(layerId)));
+    return snapshotMounts({
+      kind: node.kind === 'view' ? 'view' : 'active',
+      directory: this.#directory(node.id),
+      lower: node.parents.map(({ id, layerId }) =>
+        layerId === null ? path.join(this.#directory(id), 'fs') : this.#attachments.directory(layerId),
+      ),
+      options: this.#options.overlayOptions,
+    });
+  }
+
+  #directory(id: number): string {
+    return path.join(this.#options.layout.snapshots, String(id));
+  }
+
+  async #layerUsage(layerId: number): Promise<Usage> {
+    const { digest } = this.#options.layers.get(layerId);
+    const [algorithm = '', hex = ''] = digest.split(':');
+    try {
+      const { blocks } = await stat(path.join(this.#options.layout.cache, algorithm, `${hex}.data`));
+      return { size: blocks * 512, inodes: 1 };
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code === 'ENOENT') return { size: 0, inodes: 0 };
+      throw error;
+    }
+  }
+
+  #inBackground(work: Promise<void>, what: string): void {
+    const tracked: Promise<void> = work
+      .catch((error: unknown) =>
+        this.#log.warn({ err: error }, `${what} failed; the next cleanup tries again`),
+      )
+      .finally(() => this.#background.delete(tracked));
+    this.#background.add(tracked);
+  }
+
+  async #deleteDirectory(id: number): Promise<void> {
+    const removed = path.join(this.#options.layout.snapshots, `${REMOVED}${id}-${randomUUID()}`);
+    try {
+      await rename(this.#directory(id), removed);
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code === 'ENOENT') return; // a layer's snapshot has none
+      throw error;
+    }
+    await rm(removed, { recursive: true, force: true });
+  }
+
+  async #orphanDirectories(): Promise<string[]> {
+    const { snapshots } = this.#options.layout;
+    const orphans = [];
+    for (const name of await readdir(snapshots)) {
+      if (this.#creating.has(name)) continue;
+      if (/^\d+$/.test(name) && this.#snapshots.exists(Number(name))) continue;
+      orphans.push(path.join(snapshots, name));
+    }
+    return orphans;
+  }
+
+  async #deleteDirectories(directories: readonly string[]): Promise<void> {
+    for (const directory of directories) await rm(directory, { recursive: true, force: true });
+  }
+}
