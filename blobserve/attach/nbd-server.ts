@@ -1,0 +1,350 @@
+/**
+ * Answers the kernel's reads of one nbd device, on one end of a socket pair, from one reader.
+ *
+ * Bytes that can be had at once are read and sent in the same turn of the event loop, without a thread; all others are
+ * read side by side and answered in the order in which they come in. A reply leaves in one piece with its data, after
+ * the reader has vouched for every byte of it; a read that fails is an error of that one request.
+ */
+import { type ConnectOpts, Socket, type SocketConstructorOpts } from 'node:net';
+import type { BlobReader } from '../readers/blob-reader.js';
+import type { DeviceReadStatistics } from './backend.js';
+import {
+  NBD_REPLY_LENGTH,
+  NbdCommand,
+  NbdError,
+  type NbdErrorNumber,
+  type NbdRequest,
+  NbdRequestParser,
+  writeReplyHeader,
+} from './nbd-protocol.js';
+import type { ReplyBuffer, ReplyMemory } from './reply-memory.js';
+
+export interface NbdServerOptions {
+  /** Shared by all devices of a process; bounds the bytes of all reads under way. */
+  readonly memory: ReplyMemory;
+  /** Longest read in bytes that is answered; longer ones end the connection. The kernel's are 1.25 MiB by default. */
+  readonly maxRequestLength?: number;
+  /** How many reads of this device are under way at a time; more wait in arrival order. */
+  readonly maxReadsInFlight?: number;
+  /** Told of every read that failed; the reply is EIO. */
+  readonly onReadError?: (error: unknown, offset: number, length: number) => void;
+}
+
+/** Why a connection ended. */
+export type NbdServerEnd =
+  /** The client said good-bye: the device is being taken away. */
+  | { readonly reason: 'disconnected' }
+  /** The other end is closed. */
+  | { readonly reason: 'hung up' }
+  /** The socket failed, or what came in was not the protocol. */
+  | { readonly reason: 'failed'; readonly error: Error }
+  /** `close()` was called. */
+  | { readonly reason: 'closed' };
+
+const DEFAULT_MAX_REQUEST_LENGTH = 32 * 1024 * 1024;
+/** The depth of the kernel's queue. */
+const DEFAULT_MAX_READS_IN_FLIGHT = 128;
+/** Requests come 28 bytes at a time; this takes the kernel's whole queue in one read. */
+const RECEIVE_BUFFER_LENGTH = 16 * 1024;
+/** Other devices and callers get a turn after so many bytes. */
+const BYTES_PER_TURN = 4 * 1024 * 1024;
+/** Replies that wait for room in the socket: enough to have the next at hand, more would only be kept waiting. */
+const BYTES_AHEAD = 1024 * 1024;
+/** Replies are gathered into one write until they have so many bytes: beyond, the client should begin to copy. */
+const BYTES_PER_WRITE = 256 * 1024;
+
+export class NbdServer {
+  /** Resolves once, when the connection is over; never rejects. */
+  readonly ended: Promise<NbdServerEnd>;
+
+  readonly #socket: Socket;
+  readonly #reader: BlobReader;
+  readonly #memory: ReplyMemory;
+  readonly #maxReadsInFlight: number;
+  readonly #onReadError: NbdServerOptions['onReadError'];
+  readonly #parser: NbdRequestParser;
+
+  /** Requests that have come in and were not looked at, in order; the first `#queueHead` of the list are done. */
+  readonly #queue: NbdRequest[] = [];
+  #queueHead = 0;
+  /** Reads without an answer, oldest first, with the time of arrival in milliseconds. */
+  readonly #unanswered = new Map<NbdRequest, number>();
+  /** Reads that hold a buffer: being read, or being sent. */
+  #readsInFlight = 0;
+  /** Time of arrival of the piece of stream that is being parsed. */
+  #arrival = 0;
+  #corkedBytes = 0;
+  #corked = false;
+  #pumpScheduled = false;
+  #waitingForMemory = false;
+  #receiving = true;
+
+  #end: NbdServerEnd | undefined;
+  #resolveEnded: (end: NbdServerEnd) => void = () => undefined;
+
+  #reads = 0;
+  #readBytes = 0;
+  #readErrors = 0;
+
+  /**
+   * @param descriptor a connected stream socket; the server owns it from here on
+   * @param reader stays the caller's
+   */
+  constructor(descriptor: number, reader: BlobReader, options: NbdServerOptions) {
+    this.#reader = reader;
+    this.#memory = options.memory;
+    this.#maxReadsInFlight = options.maxReadsInFlight ?? DEFAULT_MAX_READS_IN_FLIGHT;
+    this.#onReadError = options.onReadError;
+    this.#parser = new NbdRequestParser(options.maxRequestLength ?? DEFAULT_MAX_REQUEST_LENGTH, (request) =>
+      this.#arrived(request),
+    );
+    this.ended = new Promise((resolve) => {
+      this.#resolveEnded = resolve;
+    });
+    const received = Buffer.allocUnsafeSlow(RECEIVE_BUFFER_LENGTH);
+    // Node documents `onread` for connections it makes itself; a socket of a descriptor takes it as well.
+    const socketOptions: SocketConstructorOpts & ConnectOpts = {
+      fd: descriptor,
+      onread: { buffer: received, callback: (length) => this.#received(received.subarray(0, length)) },
+    };
+    this.#socket = new Socket(socketOptions);
+    this.#socket.on('end', () => this.#finish({ reason: 'hung up' }));
+    this.#socket.on('error', (error) => this.#finish({ reason: 'failed', error }));
+    this.#socket.on('close', () => this.#finish({ reason: 'hung up' }));
+  }
+
+  statistics(): DeviceReadStatistics {
+    let oldestReadMs = 0;
+    for (const arrival of this.#unanswered.values()) {
+      oldestReadMs = performance.now() - arrival;
+      break;
+    }
+    return {
+      reads: this.#reads,
+      readBytes: this.#readBytes,
+      readErrors: this.#readErrors,
+      readsInFlight: this.#unanswered.size,
+      oldestReadMs,
+    };
+  }
+
+  /** Closes the socket; reads under way are not answered. The device, if it has one, waits for the next server. */
+  close(): void {
+    this.#finish({ reason: 'closed' });
+  }
+
+  #finish(end: NbdServerEnd): void {
+    if (this.#end !== undefined) {
+      return;
+    }
+    this.#end = end;
+    this.#queue.length = 0;
+    this.#queueHead = 0;
+    this.#unanswered.clear();
+    this.#socket.destroy();
+    this.#resolveEnded(end);
+  }
+
+  /** Returns false to stop receiving. */
+  #received(chunk: Buffer): boolean {
+    this.#arrival = performance.now();
+    try {
+      this.#parser.push(chunk);
+    } catch (error) {
+      this.#finish({ reason: 'failed', error: error instanceof Error ? error : new Error(String(error)) });
+      return false;
+    }
+    this.#pump();
+    // At most what one chunk holds is queued beyond the limit: the rest waits in the socket.
+    this.#receiving = this.#queue.length - this.#queueHead < this.#maxReadsInFlight;
+    return this.#receiving;
+  }
+
+  #arrived(request: NbdRequest): void {
+    if (this.#end !== undefined) {
+      return;
+    }
+    if (request.type === NbdCommand.DISCONNECT) {
+      this.#finish({ reason: 'disconnected' });
+      return;
+    }
+    if (request.type === NbdCommand.READ) {
+      this.#unanswered.set(request, this.#arrival);
+    }
+    this.#queue.push(request);
+  }
+
+  /** Takes up queued requests until there are no more, or until socket, memory or limit say to wait. */
+  #pump(): void {
+    let bytes = 0;
+    while (
+      this.#queueHead < this.#queue.length &&
+      this.#socket.writableLength - this.#corkedBytes < BYTES_AHEAD
+    ) {
+      if (bytes >= BYTES_PER_TURN) {
+        this.#pumpLater();
+        break;
+      }
+      const request = this.#queue[this.#queueHead];
+      if (request === undefined || !this.#takeUp(request)) {
+        break;
+      }
+      bytes += request.length;
+      this.#queueHead++;
+    }
+    this.#flush();
+    if (this.#end !== undefined) {
+      return;
+    }
+    if (this.#queueHead === this.#queue.length) {
+      this.#queue.length = 0;
+      this.#queueHead = 0;
+    }
+    if (!this.#receiving && this.#queue.length - this.#queueHead < this.#maxReadsInFlight) {
+      this.#receiving = true;
+      this.#socket.resume();
+    }
+  }
+
+  #pumpLater(): void {
+    if (!this.#pumpScheduled) {
+      this.#pumpScheduled = true;
+      setImmediate(() => {
+        this.#pumpScheduled = false;
+        this.#pump();
+      });
+    }
+  }
+
+  /** Returns false when the request must wait. */
+  #takeUp(request: NbdRequest): boolean {
+    switch (request.type) {
+      case NbdCommand.READ:
+        return this.#takeUpRead(request);
+      case NbdCommand.FLUSH:
+        this.#sendHeader(request, NbdError.NONE);
+        return true;
+      case NbdCommand.WRITE:
+      case NbdCommand.TRIM:
+      case NbdCommand.WRITE_ZEROES:
+        this.#sendHeader(request, NbdError.EPERM);
+        return true;
+      default:
+        this.#sendHeader(request, NbdError.EINVAL);
+        return true;
+    }
+  }
+
+  #takeUpRead(request: NbdRequest): boolean {
+    const { offset, length } = request;
+    if (length === 0 || offset + length > this.#reader.size) {
+      this.#refuse(request, NbdError.EINVAL);
+      return true;
+    }
+    if (this.#readsInFlight >= this.#maxReadsInFlight) {
+      return false;
+    }
+    const buffer = this.#memory.take(length, this.#readsInFlight === 0);
+    if (buffer === undefined) {
+      this.#waitForMemory();
+      return false;
+    }
+    this.#readsInFlight++;
+    try {
+      if (this.#reader.readNow(buffer.data, offset)) {
+        this.#sendRead(request, buffer);
+        return true;
+      }
+    } catch (error) {
+      this.#readFailed(request, buffer, error);
+      return true;
+    }
+    this.#reader.read(buffer.data, offset).then(
+      () => this.#readDone(request, buffer),
+      (error: unknown) => {
+        this.#readFailed(request, buffer, error);
+        this.#pumpLater();
+      },
+    );
+    return true;
+  }
+
+  #waitForMemory(): void {
+    if (!this.#waitingForMemory) {
+      this.#waitingForMemory = true;
+      this.#memory.whenGiven(() => {
+        this.#waitingForMemory = false;
+        this.#pumpLater();
+      });
+    }
+  }
+
+  #readDone(request: NbdRequest, buffer: ReplyBuffer): void {
+    this.#sendRead(request, buffer);
+    // Reads that are done in the same turn leave together.
+    this.#pumpLater();
+  }
+
+  #readFailed(request: NbdRequest, buffer: ReplyBuffer, error: unknown): void {
+    this.#release(buffer);
+    if (this.#end === undefined) {
+      this.#onReadError?.(error, request.offset, request.length);
+      this.#refuse(request, NbdError.EIO);
+    }
+  }
+
+  #release(buffer: ReplyBuffer): void {
+    this.#readsInFlight--;
+    this.#memory.give(buffer);
+  }
+
+  #sendRead(request: NbdRequest, buffer: ReplyBuffer): void {
+    if (this.#end !== undefined) {
+      this.#release(buffer);
+      return;
+    }
+    this.#unanswered.delete(request);
+    this.#reads++;
+    this.#readBytes += request.length;
+    writeReplyHeader(buffer.message, NbdError.NONE, request);
+    this.#send(buffer.message, () => this.#release(buffer));
+  }
+
+  #refuse(request: NbdRequest, error: NbdErrorNumber): void {
+    this.#unanswered.delete(request);
+    this.#reads++;
+    this.#readErrors++;
+    this.#sendHeader(request, error);
+  }
+
+  #sendHeader(request: NbdRequest, error: NbdErrorNumber): void {
+    const header = Buffer.allocUnsafe(NBD_REPLY_LENGTH);
+    writeReplyHeader(header, error, request);
+    this.#send(header, () => undefined);
+  }
+
+  #send(message: Buffer, sent: () => void): void {
+    if (!this.#corked) {
+      this.#corked = true;
+      this.#socket.cork();
+    }
+    this.#corkedBytes += message.length;
+    this.#socket.write(message, () => {
+      sent();
+      if (this.#queueHead < this.#queue.length) {
+        this.#pumpLater();
+      }
+    });
+    if (this.#corkedBytes >= BYTES_PER_WRITE) {
+      this.#flush();
+    }
+  }
+
+  #flush(): void {
+    if (this.#corked) {
+      this.#corked = false;
+      this.#corkedBytes = 0;
+      this.#socket.uncork();
+    }
+  }
+}
