@@ -1,0 +1,146 @@
+/**
+ * A containerd of our own: root, state, sockets and namespace are private, so that one installed on this system is not
+ * touched.
+ */
+import { mkdir, writeFile } from 'node:fs/promises';
+import path from 'node:path';
+import { execa, type Result } from 'execa';
+import { architecture } from '../image/oci-layout.js';
+import { containerdFromSid, installedProgram, program } from '../debian/packages.js';
+import { startDaemon, type Daemon } from './daemon-process.js';
+import { grpcAnswers } from './socket.js';
+
+/** A snapshotter that containerd reaches over a socket. */
+export interface ProxyPlugin {
+  readonly name: string;
+  readonly address: string;
+  readonly root: string;
+}
+
+export interface ContainerdOptions {
+  /** The stack's private directory. */
+  readonly directory: string;
+  /** `sid`: containerd 2.x, fetched privately; `installed`: the one of this system. */
+  readonly version?: 'sid' | 'installed';
+  readonly snapshotters?: readonly ProxyPlugin[];
+  /** Kubernetes' interface, left out by default; it uses the first of `snapshotters`. */
+  readonly cri?: boolean;
+}
+
+export interface Containerd extends Daemon {
+  readonly address: string;
+  /** Ours alone: runc's state and cgroups of this system are found by it. */
+  readonly namespace: string;
+  /** `2.1.9`, … */
+  readonly version: string;
+  readonly programs: string;
+  /** Environment under which `ctr` speaks to this containerd. */
+  readonly environment: Readonly<Record<string, string>>;
+  /** Runs `ctr`; rejects with what it printed when it fails. */
+  ctr(...parameters: string[]): Promise<Result>;
+  /** Kills and removes every container and image, so that every snapshot is given back. */
+  removeAll(): Promise<void>;
+}
+
+const NOT_OURS = [
+  'io.containerd.nri.v1.nri',
+  'io.containerd.internal.v1.opt',
+  'io.containerd.internal.v1.tracing',
+];
+const CRI = ['io.containerd.grpc.v1.cri', 'io.containerd.cri.v1.images', 'io.containerd.cri.v1.runtime'];
+
+function configuration(options: ContainerdOptions, home: string, major: number): string {
+  const quote = JSON.stringify;
+  const { snapshotters = [], cri = false } = options;
+  const lines = [
+    'version = 2',
+    `root = ${quote(path.join(home, 'root'))}`,
+    `state = ${quote(path.join(home, 'state'))}`,
+    // Node resource interface and /opt/containerd are of the whole machine: they are not ours to use.
+    `disabled_plugins = ${quote([...NOT_OURS, ...(cri ? [] : CRI)])}`,
+    '[grpc]',
+    `  address = ${quote(path.join(home, 'containerd.sock'))}`,
+    '[ttrpc]',
+    `  address = ${quote(path.join(home, 'containerd.sock.ttrpc'))}`,
+  ];
+  for (const { name, address, root } of snapshotters) {
+    lines.push(
+      `[proxy_plugins.${quote(name)}]`,
+      '  type = "snapshot"',
+      `  address = ${quote(address)}`,
+      `  [proxy_plugins.${quote(name)}.exports]`,
+      `    root = ${quote(root)}`,
+      '    enable_remote_snapshot_annotations = "true"',
+    );
+  }
+  const first = snapshotters[0]?.name;
+  if (cri && first !== undefined) {
+    lines.push(
+      ...(major < 2
+        ? ['[plugins."io.containerd.grpc.v1.cri".containerd]', '  disable_snapshot_annotations = false']
+        : ['[plugins."io.containerd.cri.v1.images"]']),
+      `  snapshotter = ${quote(first)}`,
+    );
+  }
+  // A list of one's own replaces the default, so the built-in snapshotter is named too.
+  for (const name of major < 2 ? [] : ['overlayfs', ...snapshotters.map((entry) => entry.name)]) {
+    lines.push(
+      '[[plugins."io.containerd.transfer.v1.local".unpack_config]]',
+      `  platform = "linux/${architecture()}"`,
+      `  snapshotter = ${quote(name)}`,
+      '  differ = "walking"',
+    );
+  }
+  return `${lines.join('\n')}\n`;
+}
+
+async function programsOf(version: 'sid' | 'installed'): Promise<string> {
+  if (version === 'sid') return containerdFromSid();
+  const installed = await installedProgram('containerd');
+  if (installed === undefined) throw new Error('containerd is not installed on this system');
+  return path.dirname(installed);
+}
+
+/** Starts containerd and answers when its socket does. */
+export async function startContainerd(options: ContainerdOptions): Promise<Containerd> {
+  const programs = await programsOf(options.version ?? 'sid');
+  const containerd = path.join(programs, 'containerd');
+  const said = (await execa(containerd, ['--version'])).stdout;
+  const version = /\bv?(\d+\.\d+\.\d+)/.exec(said)?.[1] ?? 'unknown';
+  const home = path.join(options.directory, 'containerd');
+  await mkdir(home, { recursive: true });
+  const file = path.join(home, 'config.toml');
+  await writeFile(file, configuration(options, home, Number.parseInt(version)));
+
+  const address = path.join(home, 'containerd.sock');
+  const namespace = path.basename(options.directory);
+  const runc = path.dirname(await program('runc'));
+  const searchPath = `${programs}:${runc}:${process.env['PATH'] ?? ''}:/usr/sbin:/usr/bin:/sbin:/bin`;
+  const daemon = await startDaemon({
+    name: `containerd ${version}`,
+    command: containerd,
+    parameters: ['--config', file, '--log-level', 'info'],
+    log: path.join(options.directory, 'containerd.log'),
+    environment: { PATH: searchPath },
+    ready: () => grpcAnswers(address),
+  });
+
+  const environment = { PATH: searchPath, CONTAINERD_ADDRESS: address, CONTAINERD_NAMESPACE: namespace };
+  const ctr = (...parameters: string[]): Promise<Result> =>
+    execa(path.join(programs, 'ctr'), parameters, { env: environment, stdin: 'ignore' });
+  const list = async (...parameters: string[]): Promise<string[]> => {
+    const { stdout } = await ctr(...parameters, '--quiet');
+    return String(stdout).split('\n').filter(Boolean);
+  };
+  const removeAll = async (): Promise<void> => {
+    for (const task of await list('task', 'ls')) {
+      await ctr('task', 'kill', '--signal', 'SIGKILL', task).catch(() => undefined);
+      // Removing answers when the shim is gone; a task that ended by itself may be gone before.
+      await ctr('task', 'rm', '--force', task).catch(() => undefined);
+    }
+    for (const container of await list('container', 'ls')) await ctr('container', 'rm', container);
+    const images = await list('image', 'ls');
+    if (images.length > 0) await ctr('image', 'rm', '--sync', ...images);
+  };
+  return { ...daemon, address, namespace, version, programs, environment, ctr, removeAll };
+}

@@ -1,0 +1,77 @@
+/**
+ * Debian's docker-registry on loopback, with a proxy before it that counts what leaves: the one place where bytes
+ * fetched cannot be told smaller than they were.
+ */
+import { mkdir, readFile, writeFile } from 'node:fs/promises';
+import path from 'node:path';
+import type { Image } from '../image/oci-layout.js';
+import { program } from '../debian/packages.js';
+import { startCountingProxy, type BlobTraffic } from './counting-proxy.js';
+import { startDaemon } from './daemon-process.js';
+import { pushImage } from './push-image.js';
+
+export interface Registry {
+  /** `127.0.0.1:port` as clients should see it: through the counting proxy. */
+  readonly address: string;
+  /** `127.0.0.1:port` of docker-registry itself. */
+  readonly directAddress: string;
+  readonly log: string;
+  /** What has been answered through {@link address} so far, by blob digest. */
+  traffic(): ReadonlyMap<string, BlobTraffic>;
+  /**
+   * Uploads an image, not counted as traffic.
+   *
+   * @param name `repository:tag`
+   * @returns the reference to pull it by
+   */
+  push(image: Image, name: string): Promise<string>;
+  stop(): Promise<void>;
+}
+
+/** @param directory the stack's private directory; storage, configuration and log go below `registry/` in it */
+export async function startRegistry({ directory }: { directory: string }): Promise<Registry> {
+  const home = path.join(directory, 'registry');
+  const log = path.join(directory, 'registry.log');
+  await mkdir(home, { recursive: true });
+  const configuration = path.join(home, 'configuration.yml');
+  await writeFile(
+    configuration,
+    [
+      'version: 0.1',
+      'log: {level: info, accesslog: {disabled: true}}',
+      `storage: {filesystem: {rootdirectory: ${JSON.stringify(home)}}, delete: {enabled: true}}`,
+      // Port 0: the kernel chooses a free one, and the log says which.
+      'http: {addr: "127.0.0.1:0", relativeurls: true}',
+      '',
+    ].join('\n'),
+  );
+  let directAddress = '';
+  const daemon = await startDaemon({
+    name: 'docker-registry',
+    command: await program('docker-registry'),
+    parameters: ['serve', configuration],
+    log,
+    ready: async () => {
+      const said = await readFile(log, 'utf8');
+      directAddress = /listening on (127\.0\.0\.1:\d+)/.exec(said)?.[1] ?? '';
+      if (directAddress === '') return false;
+      const answer = await fetch(`http://${directAddress}/v2/`).catch(() => undefined);
+      return answer?.ok === true;
+    },
+  });
+  const proxy = await startCountingProxy(directAddress);
+  return {
+    address: proxy.address,
+    directAddress,
+    log,
+    traffic: () => proxy.traffic,
+    push: async (image, name) => {
+      await pushImage(image, directAddress, name);
+      return `${proxy.address}/${name}`;
+    },
+    stop: async () => {
+      await proxy.stop();
+      await daemon.stop();
+    },
+  };
+}
