@@ -175,6 +175,7 @@ export class LayerAttachments {
       layerId,
       identifier,
       nbdIndex: before?.bootId === bootId ? before.nbdIndex : null,
+      state: before?.state ?? 'attaching',
     });
     await this.#mount(layer, device, reconnected);
     this.#layers.mounted(layerId, this.directory(layerId));
@@ -184,12 +185,18 @@ export class LayerAttachments {
   async #attach(
     client: BlobServeClient,
     layer: LayerRow,
-    { layerId, identifier, nbdIndex }: Pick<DeviceRow, 'layerId' | 'identifier' | 'nbdIndex'>,
+    {
+      layerId,
+      identifier,
+      nbdIndex,
+      state,
+    }: Pick<DeviceRow, 'layerId' | 'identifier' | 'nbdIndex' | 'state'>,
   ): Promise<{ device: control.Device; reconnected: boolean }> {
     const response = await client.attach({
       layerId,
       identifier,
       nbdIndex: nbdIndex ?? -1,
+      checked: state === 'mounted',
       source: {
         imageRef: layer.imageRef,
         manifestDigest: layer.manifestDigest,

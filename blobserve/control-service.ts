@@ -1,0 +1,94 @@
+/**
+ * The control API: translation between gRPC and the layer server, nothing else.
+ */
+import * as grpc from '@grpc/grpc-js';
+import type { Logger } from '../daemon/log.js';
+import { VERSION } from '../daemon/version.js';
+import { control } from '../proto/messages.js';
+import { LayerRefusedError } from './data-path.js';
+import type { LayerServer } from './layer-server.js';
+import { ReadError, type ReadErrorKind } from './readers/blob-reader.js';
+import { RegistryError, type RegistryFailure } from './registry/registry-error.js';
+
+export interface ControlOptions {
+  readonly server: LayerServer;
+  readonly describe: (source: control.LayerSource.$Properties, platform: string) => Promise<control.LayerSource.$Properties>;
+  readonly backend: 'nbd' | 'fuse';
+  readonly backendReason: string;
+  readonly fuseMountPoint: string;
+  readonly fuseDescriptor: number;
+  readonly root: string;
+  /** Called when the process should end: everything was detached. */
+  readonly onShutdown: () => void;
+  readonly log: Logger;
+}
+
+const CODES: Readonly<Record<ReadErrorKind | RegistryFailure, grpc.status>> = {
+  transient: grpc.status.UNAVAILABLE,
+  denied: grpc.status.PERMISSION_DENIED,
+  missing: grpc.status.NOT_FOUND,
+  corrupt: grpc.status.DATA_LOSS,
+  invalid: grpc.status.DATA_LOSS,
+  configuration: grpc.status.FAILED_PRECONDITION,
+  local: grpc.status.INTERNAL,
+  closed: grpc.status.CANCELLED,
+};
+
+/** gRPC carries the message in a header, and peers bound the size of headers. */
+const MESSAGE_MAX = 2000;
+
+function statusOf(error: unknown): grpc.status {
+  if (error instanceof ReadError) return CODES[error.kind];
+  if (error instanceof RegistryError) return CODES[error.kind];
+  if (error instanceof LayerRefusedError) return grpc.status.FAILED_PRECONDITION;
+  if (error instanceof RangeError) return grpc.status.INVALID_ARGUMENT;
+  return grpc.status.INTERNAL;
+}
+
+export function controlImplementation(options: ControlOptions): grpc.UntypedServiceImplementation {
+  const { server, log } = options;
+
+  function unary<Request, Response>(
+    name: string,
+    handle: (request: Request) => Response | Promise<Response>,
+  ): grpc.handleUnaryCall<Request, Response> {
+    return (call, callback) => {
+      void (async () => handle(call.request))().then(
+        (response) => callback(null, response),
+        (error: unknown) => {
+          log.warn({ call: name, err: error }, 'refused');
+          const message = error instanceof Error ? error.message : String(error);
+          callback({ code: statusOf(error), details: message.slice(0, MESSAGE_MAX) });
+        },
+      );
+    };
+  }
+
+  return {
+    hello: unary('Hello', () => ({
+      version: VERSION,
+      pid: process.pid,
+      backend: options.backend === 'nbd' ? control.Backend.NBD : control.Backend.FUSE,
+      backendReason: options.backendReason,
+      fuseMountPoint: options.fuseMountPoint,
+      fuseDescriptor: options.fuseDescriptor,
+      root: options.root,
+    })),
+    describe: unary('Describe', async (request: control.DescribeRequest) => {
+      const { source } = request;
+      if (source === null || source === undefined) throw new RangeError('describe: no source given');
+      return { source: await options.describe(source, request.platform) };
+    }),
+    attach: unary('Attach', (request: control.AttachRequest) => server.attach(request)),
+    detach: unary('Detach', async (request: control.DetachRequest) => ({
+      detached: await server.detach(request.layerId),
+    })),
+    list: unary('List', () => ({ devices: server.list() })),
+    shutdown: unary('Shutdown', async (request: control.ShutdownRequest) => {
+      if (request.force) await server.detachAll();
+      const attached = server.size;
+      if (attached === 0) setImmediate(options.onShutdown);
+      return { attached };
+    }),
+  };
+}

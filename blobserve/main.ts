@@ -1,0 +1,122 @@
+#!/usr/bin/env node
+/**
+ * Blobserve, the data plane: started and watched by the snapshotter, answering page faults and nothing else.
+ */
+import { rm } from 'node:fs/promises';
+import process from 'node:process';
+import * as grpc from '@grpc/grpc-js';
+import { Command, Option } from 'commander';
+import { loadConfiguration, type Configuration } from '../daemon/configuration.js';
+import { layout as layoutOf } from '../daemon/layout.js';
+import { createLogger } from '../daemon/log.js';
+import { VERSION } from '../daemon/version.js';
+import { controlService } from '../proto/service.js';
+import type { AttachBackend } from './attach/backend.js';
+import { FuseBackend } from './attach/fuse-backend.js';
+import { NbdBackend } from './attach/nbd-backend.js';
+import { controlImplementation } from './control-service.js';
+import { LayerPaths } from './data-path.js';
+import { LayerServer } from './layer-server.js';
+
+interface CommandLine {
+  config?: string;
+  root: string;
+  logLevel?: string;
+  attach: 'nbd' | 'fuse';
+  attachReason: string;
+  fuseDescriptor?: string;
+}
+
+/** Milliseconds an orderly end may take: what was fetched is written down in well under one second. */
+const STOP_TIMEOUT = 5_000;
+
+function openBackend(options: CommandLine, configuration: Configuration, fuseMountPoint: string): AttachBackend {
+  if (options.attach === 'nbd') {
+    return new NbdBackend({
+      deadConnectionTimeoutMs: configuration.nbd.dead_connection_timeout,
+      ioTimeoutMs: configuration.nbd.io_timeout,
+    });
+  }
+  const descriptor = Number(options.fuseDescriptor);
+  return new FuseBackend(descriptor, fuseMountPoint, { attachTimeoutMs: configuration.fuse.attach_timeout });
+}
+
+async function main(): Promise<void> {
+  const options = new Command('blobserve')
+    .description("erofs-nbd's data plane; started by erofs-nbd-snapshotter")
+    .version(VERSION)
+    .option('--config <file>')
+    .requiredOption('--root <directory>')
+    .option('--log-level <level>')
+    .addOption(new Option('--attach <backend>').choices(['nbd', 'fuse']).makeOptionMandatory())
+    .option('--attach-reason <text>', '', '')
+    .option('--fuse-descriptor <number>')
+    .parse()
+    .opts<CommandLine>();
+  const configuration = loadConfiguration(options.config, {
+    root: options.root,
+    ...(options.logLevel === undefined ? {} : { logLevel: options.logLevel }),
+  });
+  const log = createLogger('blobserve', configuration.log.level, configuration.log.format);
+  const layout = layoutOf(configuration.root);
+  const fuseMountPoint = options.attach === 'fuse' ? layout.fuse : '';
+  const backend = openBackend(options, configuration, fuseMountPoint);
+  const paths = new LayerPaths({ configuration, cacheDirectory: layout.cache, log });
+  const server = new LayerServer({
+    backend,
+    openLayer: (source, checked) => paths.open(source, checked),
+    log,
+  });
+  const control = new grpc.Server({ 'grpc.max_receive_message_length': 4 * 2 ** 20 });
+
+  let stopping = false;
+  const stop = (reason: string): void => {
+    if (stopping) return;
+    stopping = true;
+    log.info({ reason }, 'ending; the kernel keeps its devices for the next process');
+    // A thread may be waiting in a read of /dev/fuse, so that leaving takes process.reallyExit's way: a signal.
+    const leave = (): void => process.kill(process.pid, 'SIGKILL') as unknown as void;
+    setTimeout(leave, STOP_TIMEOUT).unref();
+    control.forceShutdown();
+    server
+      .close()
+      .then(() => paths.close())
+      .catch((error: unknown) => log.error({ err: error }, 'not everything was closed'))
+      .finally(leave);
+  };
+
+  control.addService(
+    controlService,
+    controlImplementation({
+      server,
+      describe: (source, platform) => paths.describe(source, platform),
+      backend: options.attach,
+      backendReason: options.attachReason,
+      fuseMountPoint,
+      fuseDescriptor: options.fuseDescriptor === undefined ? -1 : Number(options.fuseDescriptor),
+      root: layout.root,
+      onShutdown: () => stop('asked to'),
+      log,
+    }),
+  );
+  await rm(layout.controlSocket, { force: true });
+  await new Promise<void>((resolve, reject) => {
+    control.bindAsync(`unix:${layout.controlSocket}`, grpc.ServerCredentials.createInsecure(), (error) =>
+      error === null ? resolve() : reject(error),
+    );
+  });
+  process.on('SIGTERM', () => stop('SIGTERM'));
+  // Ctrl-C in a terminal goes to the whole group; the snapshotter decides.
+  process.on('SIGINT', () => undefined);
+  process.on('SIGHUP', () => undefined);
+  process.on('uncaughtException', (error) => {
+    log.fatal({ err: error }, 'a fault of the program: ending; the snapshotter starts the next process');
+    process.exit(70);
+  });
+  log.info({ version: VERSION, backend: options.attach, socket: layout.controlSocket }, 'serving');
+}
+
+main().catch((error: unknown) => {
+  process.stderr.write(`blobserve: ${error instanceof Error ? (error.stack ?? error.message) : String(error)}\n`);
+  process.exit(1);
+});

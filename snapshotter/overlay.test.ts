@@ -1,0 +1,44 @@
+import { describe, expect, it } from 'vitest';
+import { snapshotMounts } from './overlay.js';
+
+const directory = '/r/snapshots/7';
+
+describe('the mounts of a snapshot', () => {
+  it('without a parent are a bind of its own files', () => {
+    expect(snapshotMounts({ kind: 'active', directory, lower: [], options: ['index=off'] })).toEqual([
+      { type: 'bind', source: '/r/snapshots/7/fs', target: '', options: ['rw', 'rbind'] },
+    ]);
+    expect(snapshotMounts({ kind: 'view', directory, lower: [], options: [] })[0]?.options).toEqual([
+      'ro',
+      'rbind',
+    ]);
+  });
+
+  it('of an active one with parents are an overlay with upper and work directory', () => {
+    const lower = ['/r/layers/2/fs', '/r/snapshots/1/fs'];
+    expect(snapshotMounts({ kind: 'active', directory, lower, options: ['index=off'] })).toEqual([
+      {
+        type: 'overlay',
+        source: 'overlay',
+        target: '',
+        options: [
+          'index=off',
+          'workdir=/r/snapshots/7/work',
+          'upperdir=/r/snapshots/7/fs',
+          'lowerdir=/r/layers/2/fs:/r/snapshots/1/fs',
+        ],
+      },
+    ]);
+  });
+
+  it('of a view of one parent are a read-only bind of it: overlay wants two lower layers', () => {
+    expect(
+      snapshotMounts({ kind: 'view', directory, lower: ['/r/layers/2/fs'], options: ['index=off'] }),
+    ).toEqual([{ type: 'bind', source: '/r/layers/2/fs', target: '', options: ['ro', 'rbind'] }]);
+  });
+
+  it('of a view of several parents are an overlay without an upper', () => {
+    const [mount] = snapshotMounts({ kind: 'view', directory, lower: ['/a', '/b'], options: ['index=off'] });
+    expect(mount?.options).toEqual(['index=off', 'lowerdir=/a:/b']);
+  });
+});
