@@ -2,9 +2,20 @@
  * A real image out of the system's own Debian suite, as a Dockerfile on `debian:…-slim` would give it: a base system,
  * Python, numerical libraries, and a small program with its data. About 200 MB without compression.
  */
-import { appendFile, copyFile, mkdir, readdir, rm, symlink, writeFile } from 'node:fs/promises';
+import {
+  appendFile,
+  copyFile,
+  mkdir,
+  readdir,
+  readFile,
+  rename,
+  rm,
+  stat,
+  symlink,
+  writeFile,
+} from 'node:fs/promises';
 import path from 'node:path';
-import { fetchPackages, listPackages } from '../debian/packages.js';
+import { cacheDirectory, fetchPackages, listPackages } from '../debian/packages.js';
 import { mergeUsr, type LayerTree } from './layer-tree.js';
 import { buildImage, type Image, type ImageOptions } from './oci-layout.js';
 
@@ -20,6 +31,9 @@ const LAYERS = [
   { name: '2-python', packages: RUNTIME.split(' ') },
   { name: '3-libraries', packages: LIBRARIES.split(' ') },
 ] as const;
+
+/** Raised when what is made of the packages changes, so that caches do not serve the former layers. */
+const REVISION = 2;
 
 /** Rows of the data the program looks something up in: about 20 MB. */
 const ROWS = 400_000;
@@ -73,19 +87,37 @@ async function finishLibraries(directory: string): Promise<void> {
   const libraries = path.join(directory, 'usr', 'lib');
   for (const triplet of (await readdir(libraries)).filter((name) => name.endsWith('-linux-gnu'))) {
     const inside = path.join(libraries, triplet);
-    for (const name of ['libblas.so.3', 'liblapack.so.3']) {
+    const chosen = await readdir(path.join(inside, 'openblas-pthread'));
+    for (const name of chosen.filter((entry) => /\.so\.\d+$/.test(entry))) {
       await symlink(path.join('openblas-pthread', name), path.join(inside, name));
     }
   }
 }
 
-/** Builds the image or takes it from the cache; the first build downloads about 60 MB of packages. */
-export async function buildDebianImage(
-  options: ImageOptions = {},
-  progress: (message: string) => void = () => undefined,
-): Promise<Image> {
-  progress('choosing packages');
-  const layers: { name: string; packages: string[] }[] = [];
+/** The packages of one layer, as `name=version`. */
+interface LayerPackages {
+  readonly name: string;
+  readonly packages: readonly string[];
+}
+
+/** Days for which a choice of versions is kept, so that building again does not ask apt. */
+const CHOICE_DAYS = 7;
+
+function choiceFile(): string {
+  return path.join(cacheDirectory(), 'images', 'debian-python-packages.json');
+}
+
+async function chooseLayers(): Promise<readonly LayerPackages[]> {
+  const file = choiceFile();
+  const system = await readFile('/etc/os-release', 'utf8');
+  const made = await stat(file).catch(() => undefined);
+  if (made !== undefined && Date.now() - made.mtimeMs < CHOICE_DAYS * 86_400_000) {
+    const choice = JSON.parse(await readFile(file, 'utf8')) as Record<string, unknown>;
+    const same = choice['system'] === system && JSON.stringify(choice['wanted']) === JSON.stringify(LAYERS);
+    if (same) return choice['layers'] as LayerPackages[];
+  }
+
+  const layers: LayerPackages[] = [];
   const below = new Set<string>();
   const wanted: string[] = [];
   for (const { name, packages } of LAYERS) {
@@ -94,11 +126,24 @@ export async function buildDebianImage(
     layers.push({ name, packages: closure.filter((entry) => !below.has(entry)) });
     for (const entry of closure) below.add(entry);
   }
+  await mkdir(path.dirname(file), { recursive: true });
+  const partial = `${file}.${process.pid}`;
+  await writeFile(partial, JSON.stringify({ system, wanted: LAYERS, layers }));
+  await rename(partial, file);
+  return layers;
+}
 
+/** Builds the image or takes it from the cache; the first build downloads about 60 MB of packages. */
+export async function buildDebianImage(
+  options: ImageOptions = {},
+  progress: (message: string) => void = () => undefined,
+): Promise<Image> {
+  progress('choosing packages');
+  const layers = await chooseLayers();
   return buildImage(
     {
       name: 'debian-python',
-      inputs: { layers, PROGRAM, ROWS },
+      inputs: { REVISION, layers, PROGRAM, ROWS },
       configuration: {
         Env: ['PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin', 'OPENBLAS_NUM_THREADS=1'],
         Cmd: ['python3', '/app/hello.py'],
@@ -109,7 +154,11 @@ export async function buildDebianImage(
         for (const { name, packages } of layers) {
           progress(`layer ${name}: ${packages.length} Debian packages`);
           const directory = path.join(scratch, name);
-          await fetchPackages('system', directory, packages);
+          await fetchPackages('system', directory, packages).catch(async (error: unknown) => {
+            // The mirror may have newer versions than were chosen some days ago: the next build chooses again.
+            await rm(choiceFile(), { force: true });
+            throw error;
+          });
           await rm(path.join(directory, '.packages'));
           if (trees.length === 0) await finishBase(directory);
           else if (name === '3-libraries') await finishLibraries(directory);

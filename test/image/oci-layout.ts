@@ -2,7 +2,7 @@
  * Layer trees become an image in an OCI layout directory, kept in the cache: a second build of the same is a look-up.
  */
 import { createHash } from 'node:crypto';
-import { mkdir, mkdtemp, readFile, rename, rm, writeFile } from 'node:fs/promises';
+import { access, mkdir, mkdtemp, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { cacheDirectory } from '../debian/packages.js';
 import { blobPath, EROFS_LAYER, writeLayerBlob, type Blob, type LayerFormat } from './layer-blob.js';
@@ -70,7 +70,8 @@ export async function buildImage(recipe: ImageRecipe, options: ImageOptions = {}
   if (cached !== undefined) return cached;
 
   await mkdir(images, { recursive: true });
-  const scratch = await mkdtemp(path.join(images, 'building-'));
+  await removeAbandoned(images);
+  const scratch = await mkdtemp(path.join(images, `building-${process.pid}-`));
   try {
     const layout = path.join(scratch, 'layout');
     await mkdir(path.join(layout, 'blobs', 'sha256'), { recursive: true });
@@ -86,6 +87,19 @@ export async function buildImage(recipe: ImageRecipe, options: ImageOptions = {}
   const built = await readLayout(finished);
   if (built === undefined) throw new Error(`${finished} was built but is not a whole OCI layout`);
   return built;
+}
+
+/** Half-built images, hundreds of megabytes each, of processes that were killed. */
+async function removeAbandoned(images: string): Promise<void> {
+  for (const name of await readdir(images)) {
+    const pid = /^building-(\d+)-/.exec(name)?.[1];
+    if (pid === undefined) continue;
+    const alive = await access(`/proc/${pid}`).then(
+      () => true,
+      () => false,
+    );
+    if (!alive) await rm(path.join(images, name), { recursive: true, force: true });
+  }
 }
 
 async function writeLayout(

@@ -5,6 +5,7 @@
 import { mkdir, mkdtemp, rm } from 'node:fs/promises';
 import path from 'node:path';
 import { execa } from 'execa';
+import { markOwned, privateParents } from './abandoned.js';
 
 /** A socket's path is at most 107 bytes; containerd appends to ours. */
 const LONGEST = 48;
@@ -15,13 +16,14 @@ const LONGEST = 48;
  * @throws when no candidate takes an overlay mount, with what mount(8) said for each
  */
 export async function createPrivateDirectory(prefix: string): Promise<string> {
-  const chosen = process.env['EROFS_NBD_TEST_ROOT'];
-  const candidates = chosen ? [chosen] : ['/var/tmp', '/tmp', '/run', '/dev/shm'];
   const refusals: string[] = [];
-  for (const parent of candidates) {
+  for (const parent of privateParents()) {
     const directory = await mkdtemp(path.join(parent, `${prefix}-`));
     const refusal = directory.length > LONGEST ? 'its path is too long' : await tryOverlay(directory);
-    if (refusal === undefined) return directory;
+    if (refusal === undefined) {
+      await markOwned(directory);
+      return directory;
+    }
     refusals.push(`${parent}: ${refusal}`);
     await rm(directory, { recursive: true, force: true });
   }
