@@ -12,7 +12,10 @@ import { RegistryError, type RegistryFailure } from './registry/registry-error.j
 
 export interface ControlOptions {
   readonly server: LayerServer;
-  readonly describe: (source: control.LayerSource.$Properties, platform: string) => Promise<control.LayerSource.$Properties>;
+  readonly describe: (
+    source: control.LayerSource.$Properties,
+    platform: string,
+  ) => Promise<control.LayerSource.$Properties>;
   readonly backend: 'nbd' | 'fuse';
   readonly backendReason: string;
   readonly fuseMountPoint: string;

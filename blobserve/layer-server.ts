@@ -51,7 +51,11 @@ export class LayerServer {
       const served = await this.#attach(request);
       this.#served.set(request.layerId, served);
       this.#options.log.info(
-        { layer: served.source.layerDigest, device: served.device.path, reconnected: served.device.reconnected },
+        {
+          layer: served.source.layerDigest,
+          device: served.device.path,
+          reconnected: served.device.reconnected,
+        },
         'layer attached',
       );
       return {
@@ -69,7 +73,10 @@ export class LayerServer {
       await served.device.detach();
       this.#served.delete(layerId);
       await served.path.close();
-      this.#options.log.info({ layer: served.source.layerDigest, device: served.device.path }, 'layer detached');
+      this.#options.log.info(
+        { layer: served.source.layerDigest, device: served.device.path },
+        'layer detached',
+      );
       return true;
     });
   }

@@ -8,7 +8,7 @@ import * as grpc from '@grpc/grpc-js';
 import { Command, Option } from 'commander';
 import { loadConfiguration, type Configuration } from '../daemon/configuration.js';
 import { layout as layoutOf } from '../daemon/layout.js';
-import { createLogger } from '../daemon/log.js';
+import { createLogger, type Logger } from '../daemon/log.js';
 import { VERSION } from '../daemon/version.js';
 import { controlService } from '../proto/service.js';
 import type { AttachBackend } from './attach/backend.js';
@@ -16,7 +16,10 @@ import { FuseBackend } from './attach/fuse-backend.js';
 import { NbdBackend } from './attach/nbd-backend.js';
 import { controlImplementation } from './control-service.js';
 import { LayerPaths } from './data-path.js';
+import { LayerLookup } from './layer-lookup.js';
 import { LayerServer } from './layer-server.js';
+import { DockerConfig } from './registry/docker-config.js';
+import { RegistryClient } from './registry/registry-client.js';
 
 interface CommandLine {
   config?: string;
@@ -30,15 +33,37 @@ interface CommandLine {
 /** Milliseconds an orderly end may take: what was fetched is written down in well under one second. */
 const STOP_TIMEOUT = 5_000;
 
-function openBackend(options: CommandLine, configuration: Configuration, fuseMountPoint: string): AttachBackend {
+async function openBackend(
+  options: CommandLine,
+  configuration: Configuration,
+  fuseMountPoint: string,
+  log: Logger,
+): Promise<AttachBackend> {
   if (options.attach === 'nbd') {
-    return new NbdBackend({
-      deadConnectionTimeoutMs: configuration.nbd.dead_connection_timeout,
-      ioTimeoutMs: configuration.nbd.io_timeout,
+    return NbdBackend.open({
+      log,
+      times: {
+        deadConnectionSeconds: Math.round(configuration.nbd.dead_connection_timeout / 1000),
+        ioTimeoutMs: configuration.nbd.io_timeout,
+      },
     });
   }
-  const descriptor = Number(options.fuseDescriptor);
-  return new FuseBackend(descriptor, fuseMountPoint, { attachTimeoutMs: configuration.fuse.attach_timeout });
+  return new FuseBackend(Number(options.fuseDescriptor), fuseMountPoint, {
+    attachTimeoutMs: configuration.fuse.attach_timeout,
+    log,
+  });
+}
+
+function openRegistryClient({ registry }: Configuration, log: Logger): RegistryClient {
+  return new RegistryClient({
+    insecureHosts: registry.insecure,
+    connectTimeoutMs: registry.connect_timeout,
+    headersTimeoutMs: registry.response_timeout,
+    bodyTimeoutMs: registry.stall_timeout,
+    connectionsPerHost: registry.max_connections_per_host,
+    userAgent: `erofs-nbd/${VERSION}`,
+    credentials: new DockerConfig(registry.docker_config, { onProblem: (problem) => log.warn(problem) }),
+  });
 }
 
 async function main(): Promise<void> {
@@ -60,8 +85,10 @@ async function main(): Promise<void> {
   const log = createLogger('blobserve', configuration.log.level, configuration.log.format);
   const layout = layoutOf(configuration.root);
   const fuseMountPoint = options.attach === 'fuse' ? layout.fuse : '';
-  const backend = openBackend(options, configuration, fuseMountPoint);
-  const paths = new LayerPaths({ configuration, cacheDirectory: layout.cache, log });
+  const backend = await openBackend(options, configuration, fuseMountPoint, log);
+  const client = openRegistryClient(configuration, log);
+  const lookup = new LayerLookup(client);
+  const paths = new LayerPaths({ configuration, cacheDirectory: layout.cache, client, log });
   const server = new LayerServer({
     backend,
     openLayer: (source, checked) => paths.open(source, checked),
@@ -80,7 +107,7 @@ async function main(): Promise<void> {
     control.forceShutdown();
     server
       .close()
-      .then(() => paths.close())
+      .then(() => client.close())
       .catch((error: unknown) => log.error({ err: error }, 'not everything was closed'))
       .finally(leave);
   };
@@ -89,7 +116,7 @@ async function main(): Promise<void> {
     controlService,
     controlImplementation({
       server,
-      describe: (source, platform) => paths.describe(source, platform),
+      describe: (source, platform) => lookup.describe(source, platform),
       backend: options.attach,
       backendReason: options.attachReason,
       fuseMountPoint,
@@ -117,6 +144,8 @@ async function main(): Promise<void> {
 }
 
 main().catch((error: unknown) => {
-  process.stderr.write(`blobserve: ${error instanceof Error ? (error.stack ?? error.message) : String(error)}\n`);
+  process.stderr.write(
+    `blobserve: ${error instanceof Error ? (error.stack ?? error.message) : String(error)}\n`,
+  );
   process.exit(1);
 });

@@ -7,7 +7,6 @@
  */
 import { mkdir } from 'node:fs/promises';
 import * as grpc from '@grpc/grpc-js';
-import { realTimeNs } from '../blobserve/linux/clock.js';
 import type { Configuration } from '../daemon/configuration.js';
 import { layout as layoutOf, type Layout } from '../daemon/layout.js';
 import type { Logger } from '../daemon/log.js';
@@ -103,7 +102,7 @@ export class Daemon {
     const { configuration } = this.#options;
     await mkdir(this.#layout.root, { recursive: true, mode: 0o711 });
     this.#database = openDatabase(this.#layout.root, { address: configuration.address, version: VERSION });
-    const snapshots = new SnapshotStore(this.#database, realTimeNs);
+    const snapshots = new SnapshotStore(this.#database);
     const layers = new LayerStore(this.#database);
     this.#layers = layers;
     const dataPlane = async (): Promise<BlobServeProcess> => {
