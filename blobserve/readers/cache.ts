@@ -19,7 +19,8 @@ export interface CacheReaderOptions {
   spanSize?: number;
   /** Bytes of one request at most. Default 4 MiB. */
   maxRangeBytes?: number;
-  /** The memory that fetched bytes pass through; best one for all caches. Default: 32 MiB of this cache's own. */
+  /** The memory that fetched bytes pass through; one for all caches of the process bounds them together.
+   * Default: 32 MiB of this cache's own. */
   buffers?: BufferPool;
   /** Requests under way for `willNeed`. Default 2. */
   maxBackgroundRequests?: number;
@@ -43,7 +44,7 @@ export interface CacheStatistics {
   hits: number;
   /** Reads that waited for it. */
   misses: number;
-  /** Writes and flushes that the disk refused. */
+  /** Reads, writes and flushes that the disk failed. */
   diskFailures: number;
   /** Spans whose bytes in the file were damaged. */
   damagedSpans: number;

@@ -130,6 +130,8 @@ export class SpanRequests {
 
   /** Fetches spans [first, end) when there is time, the newest hint first. */
   hint(first: number, end: number): void {
+    // What can not be kept would push out of memory what was wanted.
+    if (this.#store.suspended) return;
     while (first < end && !this.#lacks(first)) first++;
     if (first >= end) return;
     this.#hints.push({ first, end });

@@ -42,7 +42,7 @@ export enum SpanState {
 
 export class SpanStore {
   readonly spanCount: number;
-  /** Writes and flushes that failed in this process. */
+  /** Reads, writes and flushes that the disk failed in this process. */
   diskFailures = 0;
   /** Spans whose bytes in the file turned out to be damaged. */
   damagedSpans = 0;
@@ -53,6 +53,7 @@ export class SpanStore {
   #cachedBytes = 0;
   #suspended = false;
   #suspendedUntil = 0;
+  #closed = false;
 
   private constructor(options: SpanStoreOptions, spanCount: number) {
     this.#options = options;
@@ -88,6 +89,11 @@ export class SpanStore {
   /** True when every span's bytes are on the disk and marked. */
   get complete(): boolean {
     return this.#map !== undefined && this.#map.markedCount === this.spanCount;
+  }
+
+  /** True while nothing is written because the disk has refused. */
+  get suspended(): boolean {
+    return this.#data === undefined || (this.#suspended && Date.now() < this.#suspendedUntil);
   }
 
   state(span: number): SpanState {
@@ -128,6 +134,8 @@ export class SpanStore {
       if (count !== undefined) reason = `the cache file ends at ${offset + count}`;
     } catch (error) {
       reason = error;
+      // A read that is still under way when the store is closed says nothing about the disk.
+      if (!this.#closed) this.#diskFailed(`reading ${target.length} bytes at ${offset}`, error);
     }
     const { spanSize } = this.#options;
     const last = Math.floor((offset + target.length - 1) / spanSize);
@@ -160,7 +168,7 @@ export class SpanStore {
    */
   async write(span: number, bytes: Buffer): Promise<boolean> {
     if (this.#data === undefined || this.#map === undefined) return false;
-    if (this.#suspended && Date.now() < this.#suspendedUntil) return false;
+    if (this.suspended) return false;
     const crc = crc32(bytes);
     try {
       await this.#data.write(bytes, span * this.#options.spanSize);
@@ -170,7 +178,7 @@ export class SpanStore {
     }
     if (this.#suspended) {
       this.#suspended = false;
-      this.#options.log.info({ digest: this.#options.digest }, 'cache can be written again');
+      this.#options.log.info({ digest: this.#options.digest }, 'cache disk works again');
     }
     if (this.#states[span] === SpanState.Absent) this.#cachedBytes += bytes.length;
     this.#states[span] = SpanState.Ready;
@@ -180,7 +188,7 @@ export class SpanStore {
 
   /** Trusts the span no more. */
   drop(span: number): void {
-    if (this.state(span) === SpanState.Absent) return;
+    if (this.#closed || this.state(span) === SpanState.Absent) return;
     this.#states[span] = SpanState.Absent;
     this.#cachedBytes -= this.spanLength(span);
     this.#map?.clear(span);
@@ -193,6 +201,7 @@ export class SpanStore {
 
   /** Waits until what was written is durable and marked. Nothing may be under way. */
   async close(): Promise<void> {
+    this.#closed = true;
     await this.#map?.close();
     await this.#data?.close();
   }
@@ -232,7 +241,7 @@ export class SpanStore {
   }
 
   #damaged(span: number, detail: Record<string, unknown>): void {
-    if (this.state(span) === SpanState.Absent) return;
+    if (this.#closed || this.state(span) === SpanState.Absent) return;
     const { digest, log, spanSize } = this.#options;
     this.damagedSpans++;
     this.drop(span);
@@ -251,7 +260,7 @@ export class SpanStore {
     this.#suspended = true;
     log.warn(
       { digest, dir, doing, err: error },
-      'cache cannot be written; reads go on from the registry. Free space on its disk, or move the cache',
+      'cache disk fails; reads go on from the registry. Free space on it, or move the cache',
     );
   }
 }
