@@ -1,8 +1,8 @@
 /**
  * gRPC service definitions for @grpc/grpc-js, from the generated message classes: one line per method, no reflection.
  */
-import type * as grpc from '@grpc/grpc-js';
 import type protobuf from 'protobufjs/minimal.js';
+import type { UnaryMethod } from './unary-call.js';
 import { control, snapshots, wellKnown } from './messages.js';
 
 /** What a generated message class offers to the wire. */
@@ -11,17 +11,12 @@ interface MessageType<Message, Input> {
   decode(bytes: Uint8Array): Message;
 }
 
-/** A method as both sides see it: what is sent may leave fields out, what is received has them all. */
-type Method<RequestIn, Request, ResponseIn, Response> = grpc.MethodDefinition<RequestIn, ResponseIn> & {
-  readonly received?: [Request, Response];
-};
-
 function method<RequestIn, Request extends RequestIn, ResponseIn, Response extends ResponseIn>(
   path: string,
   request: MessageType<Request, RequestIn>,
   response: MessageType<Response, ResponseIn>,
   responseStream = false,
-): Method<RequestIn, Request, ResponseIn, Response> {
+): UnaryMethod<RequestIn, Request, ResponseIn, Response> {
   return {
     path,
     requestStream: false,

@@ -1,24 +1,11 @@
 /**
- * The control API as the snapshotter, the command and the tests call it: promises instead of callbacks.
+ * The control API as the snapshotter, the command and the tests call it: promises instead of callbacks. A call that fails
+ * rejects with a CallError.
  */
 import * as grpc from '@grpc/grpc-js';
-import { control } from '../proto/messages.js';
+import type { control } from '../proto/messages.js';
 import { controlService } from '../proto/service.js';
-
-type Request<M> = M extends grpc.MethodDefinition<infer RequestType, infer _R> ? RequestType : never;
-type Decoded<M> = M extends { readonly received?: [infer _Q, infer R] } ? R : never;
-
-/** A call of the control API that failed. `code` is what blobserve said, UNAVAILABLE when nobody answered. */
-export class ControlError extends Error {
-  override readonly name = 'ControlError';
-
-  constructor(
-    message: string,
-    readonly code: grpc.status,
-  ) {
-    super(message);
-  }
-}
+import { unaryCall } from '../proto/unary-call.js';
 
 /** Milliseconds; a call that only reports must not hang when the other side does. */
 const REPORT_TIMEOUT = 10_000;
@@ -39,53 +26,32 @@ export class BlobServeClient {
   }
 
   hello(timeoutMs = REPORT_TIMEOUT): Promise<control.HelloResponse> {
-    return this.#call(controlService.hello, {}, timeoutMs);
+    return unaryCall(this.#client, controlService.hello, {}, timeoutMs);
   }
 
   /** Looks a layer up in its image's manifest; speaks to the registry, which takes as long as it takes. */
-  describe(request: Request<typeof controlService.describe>): Promise<control.DescribeResponse> {
-    return this.#call(controlService.describe, request);
+  describe(request: control.DescribeRequest.$Properties): Promise<control.DescribeResponse> {
+    return unaryCall(this.#client, controlService.describe, request);
   }
 
-  attach(request: Request<typeof controlService.attach>): Promise<control.AttachResponse> {
-    return this.#call(controlService.attach, request);
+  attach(request: control.AttachRequest.$Properties): Promise<control.AttachResponse> {
+    return unaryCall(this.#client, controlService.attach, request);
   }
 
   detach(layerId: number): Promise<control.DetachResponse> {
-    return this.#call(controlService.detach, { layerId });
+    return unaryCall(this.#client, controlService.detach, { layerId });
   }
 
   list(): Promise<control.ListResponse> {
-    return this.#call(controlService.list, {}, REPORT_TIMEOUT);
+    return unaryCall(this.#client, controlService.list, {}, REPORT_TIMEOUT);
   }
 
   shutdown(force: boolean): Promise<control.ShutdownResponse> {
-    return this.#call(controlService.shutdown, { force }, REPORT_TIMEOUT);
+    return unaryCall(this.#client, controlService.shutdown, { force }, REPORT_TIMEOUT);
   }
 
   /** Calls under way fail. */
   close(): void {
     this.#client.close();
-  }
-
-  #call<M extends (typeof controlService)[keyof typeof controlService]>(
-    method: M,
-    request: Request<M>,
-    timeoutMs?: number,
-  ): Promise<Decoded<M>> {
-    const options = timeoutMs === undefined ? {} : { deadline: Date.now() + timeoutMs };
-    return new Promise((resolve, reject) => {
-      const serialize = method.requestSerialize as (value: Request<M>) => Buffer;
-      const deserialize = method.responseDeserialize as (bytes: Buffer) => Decoded<M>;
-      this.#client.makeUnaryRequest(method.path, serialize, deserialize, request, options, (error, value) => {
-        if (error !== null) {
-          reject(new ControlError(error.details === '' ? error.message : error.details, error.code));
-        } else if (value === undefined) {
-          reject(new ControlError(`${method.path}: empty answer`, grpc.status.INTERNAL));
-        } else {
-          resolve(value);
-        }
-      });
-    });
   }
 }

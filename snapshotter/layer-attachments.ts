@@ -11,7 +11,7 @@ import pLimit from 'p-limit';
 import type { Logger } from '../daemon/log.js';
 import type { LayerStore, DeviceRow, LayerInput, LayerRow } from '../metadata/layers.js';
 import { control } from '../proto/messages.js';
-import { ControlError, type BlobServeClient } from './blobserve-client.js';
+import type { BlobServeClient } from './blobserve-client.js';
 import { KeyedLock } from './keyed-lock.js';
 import { mountAt } from './mount-table.js';
 import { MountError, type Mounter } from './mounter.js';
@@ -70,7 +70,7 @@ export class LayerAttachments {
    * Attaches and mounts a layer, then calls `use` while nobody can take it away again. When either fails and nothing else
    * uses the layer, nothing of it is left.
    *
-   * @throws {ControlError | MountError} naming blob and cause
+   * @throws {CallError | MountError} naming blob and cause
    */
   async attachFor<T>(layer: LayerInput, use: (layerId: number) => T): Promise<T> {
     return this.#locks.run(layer.digest, async () => {
@@ -89,7 +89,7 @@ export class LayerAttachments {
    * Sees to it that a layer in use is attached and mounted: at once when it is, otherwise (after a reboot, after a crash)
    * whatever it takes.
    *
-   * @throws {ControlError | MountError} naming blob and cause
+   * @throws {CallError | MountError} naming blob and cause
    */
   async ensure(layerId: number): Promise<void> {
     if (this.#ready.has(layerId)) return;
@@ -258,9 +258,4 @@ export class LayerAttachments {
     if (this.#layers.device(layerId) !== undefined) await this.#detach(layerId);
     this.#layers.release(layerId);
   }
-}
-
-/** Whether a failure says that there is no data plane at the moment, so that the same call can be made again. */
-export function isDataPlaneGone(error: unknown): boolean {
-  return error instanceof ControlError && error.code === 14;
 }

@@ -5,7 +5,8 @@ import * as grpc from '@grpc/grpc-js';
 import type { Logger } from '../daemon/log.js';
 import type { LayerInput } from '../metadata/layers.js';
 import { control } from '../proto/messages.js';
-import { ControlError, type BlobServeClient } from './blobserve-client.js';
+import { CallError } from '../proto/unary-call.js';
+import type { BlobServeClient } from './blobserve-client.js';
 import { layerReference } from './layer-reference.js';
 
 export interface LayerFinderOptions {
@@ -26,7 +27,7 @@ export class LayerFinder {
    * @param key the snapshot's key, for the log
    * @returns undefined when containerd should fetch and unpack the layer itself
    * @throws {LabelError} a label that cannot be what its name says
-   * @throws {ControlError} the registry cannot be asked, with its host and what it answered
+   * @throws {CallError} the registry cannot be asked, with its host and what it answered
    */
   async find(labels: Readonly<Record<string, string>>, key: string): Promise<LayerInput | undefined> {
     const { log } = this.#options;
@@ -41,7 +42,7 @@ export class LayerFinder {
       const { client } = await this.#options.dataPlane();
       ({ source } = await client.describe({ source: { imageRef, manifestDigest, layerDigest, diffId } }));
     } catch (error) {
-      if (this.#options.onError === 'fail' || !(error instanceof ControlError)) throw error;
+      if (this.#options.onError === 'fail' || !(error instanceof CallError)) throw error;
       log.warn(
         { key, layer: layerDigest, image: imageRef, err: error },
         'not served lazily: containerd unpacks it',
@@ -49,7 +50,7 @@ export class LayerFinder {
       return undefined;
     }
     if (source === null || source === undefined) {
-      throw new ControlError(`layer ${layerDigest}: empty description`, grpc.status.INTERNAL);
+      throw new CallError(`layer ${layerDigest}: empty description`, grpc.status.INTERNAL);
     }
     if (source.kind !== control.LayerKind.EROFS) {
       log.info(

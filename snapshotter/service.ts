@@ -6,7 +6,7 @@ import type { Logger } from '../daemon/log.js';
 import { MetadataError } from '../metadata/errors.js';
 import type { SnapshotInfo } from '../metadata/snapshots.js';
 import { snapshots } from '../proto/messages.js';
-import { ControlError } from './blobserve-client.js';
+import { CallError } from '../proto/unary-call.js';
 import { FilterError, parseFilters } from './filter.js';
 import { LabelError } from './layer-reference.js';
 import type { Snapshotter } from './snapshotter.js';
@@ -49,7 +49,7 @@ function toInfo(info: SnapshotInfo): snapshots.Info.$Properties {
 function statusOf(error: unknown): grpc.status {
   if (error instanceof MetadataError) return CODES[error.code];
   if (error instanceof FilterError || error instanceof LabelError) return grpc.status.INVALID_ARGUMENT;
-  if (error instanceof ControlError) return error.code;
+  if (error instanceof CallError) return error.code;
   return grpc.status.INTERNAL;
 }
 

@@ -1,0 +1,57 @@
+/**
+ * A unary call as a promise, with the types of the service definition.
+ */
+import * as grpc from '@grpc/grpc-js';
+
+/** A method as `service.ts` defines them: what goes out may leave fields out, what comes in has them all. */
+export interface UnaryMethod<RequestIn, Request, ResponseIn, Response> extends grpc.MethodDefinition<
+  RequestIn,
+  ResponseIn
+> {
+  readonly received?: [Request, Response];
+}
+
+/** A call that failed: what the other side said, UNAVAILABLE when nobody answered. */
+export class CallError extends Error {
+  override readonly name = 'CallError';
+
+  constructor(
+    message: string,
+    readonly code: grpc.status,
+  ) {
+    super(message);
+  }
+}
+
+/**
+ * @param timeoutMs milliseconds; undefined: as long as it takes
+ * @throws {CallError}
+ */
+export function unaryCall<RequestIn, Request, ResponseIn, Response>(
+  client: grpc.Client,
+  method: UnaryMethod<RequestIn, Request, ResponseIn, Response>,
+  request: RequestIn,
+  timeoutMs?: number,
+): Promise<Response> {
+  const options = timeoutMs === undefined ? {} : { deadline: Date.now() + timeoutMs };
+  // Sound: the deserializer is the message class's own, which fills every field in (see `service.ts`).
+  const deserialize = method.responseDeserialize as unknown as (bytes: Buffer) => Response;
+  return new Promise((resolve, reject) => {
+    client.makeUnaryRequest(
+      method.path,
+      method.requestSerialize,
+      deserialize,
+      request,
+      options,
+      (error, value) => {
+        if (error !== null) {
+          reject(new CallError(error.details === '' ? error.message : error.details, error.code));
+        } else if (value === undefined) {
+          reject(new CallError(`${method.path}: empty answer`, grpc.status.INTERNAL));
+        } else {
+          resolve(value);
+        }
+      },
+    );
+  });
+}
