@@ -152,9 +152,9 @@ describe('a cache whose disk fails', () => {
   );
 
   it('serves small reads of a span it could not keep from one request', async () => {
-    vi.spyOn(LocalFile.prototype, 'write').mockRejectedValue(new Error('EIO'));
     const next = new ScriptedReader(8 * SPAN, 'at once');
     const reader = await open(next, { uncachedBytes: 2 * SPAN });
+    vi.spyOn(LocalFile.prototype, 'write').mockRejectedValue(new Error('EIO'));
     for (let at = 0; at < 2 * SPAN; at += 512) await expectRead(reader, at, 512);
     await reader.settled();
     for (let at = 0; at < 2 * SPAN; at += 512) await expectRead(reader, at, 512);
@@ -197,11 +197,10 @@ describe('a cache whose disk fails', () => {
   });
 
   it('leaves a disk that refused alone for a while, then tries again', async () => {
-    const write = vi.spyOn(LocalFile.prototype, 'write').mockRejectedValue(new Error('EIO'));
     vi.useFakeTimers({ toFake: ['Date'] });
     try {
       const reader = await open(new ScriptedReader(8 * SPAN, 'at once'), { diskRetryMs: 1000 });
-      write.mockClear();
+      const write = vi.spyOn(LocalFile.prototype, 'write').mockRejectedValue(new Error('EIO'));
       for (let span = 0; span < 4; span++) {
         await expectRead(reader, span * SPAN, SPAN);
         await reader.settled();
