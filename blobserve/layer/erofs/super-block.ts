@@ -94,14 +94,15 @@ const hex = (value: number): string => `0x${(value >>> 0).toString(16)}`;
  *
  * @param bytes the start of the image: at least {@link SUPER_BLOCK_READ} bytes, or all of it when it is shorter
  * @param blobSize bytes of the whole blob, extra devices included
+ * @param imageSize bytes of the primary device when it is known apart; otherwise `blobSize`
  * @throws {ErofsFormatError} naming field, value and expectation
  */
-export function parseSuperBlock(bytes: Buffer, blobSize: number): SuperBlock {
-  if (bytes.length < Math.min(blobSize, SUPER_BLOCK_READ)) {
+export function parseSuperBlock(bytes: Buffer, blobSize: number, imageSize = blobSize): SuperBlock {
+  if (bytes.length < Math.min(imageSize, SUPER_BLOCK_READ)) {
     throw new RangeError(`super block: ${bytes.length} bytes were given of a blob of ${blobSize}`);
   }
-  if (blobSize < SUPER_OFFSET + SUPER_BLOCK.size) {
-    throw wrong('blob size', blobSize, `at least ${SUPER_OFFSET + SUPER_BLOCK.size} bytes`);
+  if (imageSize < SUPER_OFFSET + SUPER_BLOCK.size) {
+    throw wrong('blob size', imageSize, `at least ${SUPER_OFFSET + SUPER_BLOCK.size} bytes`);
   }
   const raw = SUPER_BLOCK.read(bytes, SUPER_OFFSET);
   if (raw.magic !== SUPER_MAGIC) throw wrong('magic', hex(raw.magic), hex(SUPER_MAGIC));
@@ -118,17 +119,17 @@ export function parseSuperBlock(bytes: Buffer, blobSize: number): SuperBlock {
   if (raw.directoryBlockBits !== 0) throw wrong('directory block bits', raw.directoryBlockBits, '0');
 
   const superBlockEnd = SUPER_OFFSET + SUPER_BLOCK.size + raw.extensionSlots * SUPER_BLOCK_EXTENSION.size;
-  if (superBlockEnd > Math.min(blobSize, SUPER_BLOCK_READ)) {
+  if (superBlockEnd > Math.min(imageSize, SUPER_BLOCK_READ)) {
     throw wrong(
       'extension slots',
       raw.extensionSlots,
-      `to end within ${Math.min(blobSize, SUPER_BLOCK_READ)}`,
+      `to end within ${Math.min(imageSize, SUPER_BLOCK_READ)}`,
     );
   }
   const checksummed = (raw.featureCompat & COMPAT.SB_CHKSUM) !== 0;
   if (checksummed) {
     const end = checksumEnd(blockSize);
-    if (end > blobSize) throw wrong('blob size', blobSize, `at least one block, ending at ${end}`);
+    if (end > imageSize) throw wrong('blob size', imageSize, `at least one block, ending at ${end}`);
     const computed = superBlockChecksum(bytes, blockSize);
     if (computed !== raw.checksum) throw wrong('checksum', hex(raw.checksum), hex(computed));
   }
@@ -136,8 +137,12 @@ export function parseSuperBlock(bytes: Buffer, blobSize: number): SuperBlock {
   const wide = has(INCOMPAT['48BIT']) && raw.rootNid !== 0n;
   const blocks = raw.blocks + (wide ? raw.rootNidOrBlocksHigh * 2 ** 32 : 0);
   const size = blocks * blockSize;
-  if (blocks === 0 || size > blobSize) {
-    throw wrong('blocks', blocks, `1..${Math.floor(blobSize / blockSize)} (the blob has ${blobSize} bytes)`);
+  if (blocks === 0 || size > imageSize) {
+    throw wrong(
+      'blocks',
+      blocks,
+      `1..${Math.floor(imageSize / blockSize)} (the blob has ${imageSize} bytes)`,
+    );
   }
   const metaOffset = raw.metaBlock * blockSize;
   if (metaOffset >= size) throw wrong('meta block', raw.metaBlock, `below ${blocks}`);

@@ -119,6 +119,7 @@ class Plan {
   private readonly dataBlocks = new Map<Inode, number>();
   private dataBlockCount = 0;
   private cursor = FIRST_INODE;
+  private scratch = Buffer.alloc(64 * 1024);
   private readonly xattrArea: number;
   private readonly dataArea: number;
 
@@ -128,7 +129,7 @@ class Plan {
   ) {
     this.nids = new Float64Array(tree.indexes);
     this.nlinks = new Uint32Array(tree.indexes);
-    this.shared = new SharedXattrs(inodesOf(tree.root));
+    this.shared = new SharedXattrs(inodesOf(tree));
     this.placeAll();
     this.xattrArea = blocksFor(this.cursor);
     this.dataArea = this.xattrArea + blocksFor(this.shared.size);
@@ -165,32 +166,34 @@ class Plan {
     yield* this.body();
   }
 
-  /** Everything after the device table. */
+  /** Everything after the device table. A piece is good only until the next one is asked for. */
   *body(): Generator<Buffer> {
     let at = FIRST_INODE;
     for (const inode of this.inodes) {
       const start = this.nidOf(inode) * NID_SLOT;
+      if (start > at) yield this.zeros(start - at);
       const bytes = this.encodeInode(inode, start);
-      if (start > at) yield Buffer.alloc(start - at);
-      yield bytes;
       at = start + bytes.length;
+      yield bytes;
     }
-    yield Buffer.alloc(this.xattrArea * BLOCK - at);
+    yield this.zeros(this.xattrArea * BLOCK - at);
     yield* this.shared.area();
-    yield Buffer.alloc((this.dataArea - this.xattrArea) * BLOCK - this.shared.size);
+    yield this.zeros((this.dataArea - this.xattrArea) * BLOCK - this.shared.size);
     for (const inode of this.dataBlocks.keys()) {
+      const { blocks } = this.placementOf(inode, this.shared.bodyOf(inode).length);
       const directory = this.directories.get(inode);
-      if (directory !== undefined) {
-        const blocks = this.placementOf(inode, this.shared.bodyOf(inode).length).blocks;
-        let written = 0;
-        for (const block of packDirectory(directory.names, BLOCK)) {
-          if (written++ < blocks) yield this.encodeDirectoryBlock(directory, block, BLOCK);
-        }
-      } else {
-        const { blocks } = this.placementOf(inode, this.shared.bodyOf(inode).length);
-        const bytes = Buffer.alloc(blocks * BLOCK);
+      if (directory === undefined) {
+        const bytes = this.zeros(blocks * BLOCK);
         bytes.write(inode.target, 'latin1');
         yield bytes;
+      } else {
+        let written = 0;
+        for (const block of packDirectory(directory.names, BLOCK)) {
+          if (written++ === blocks) break;
+          const bytes = this.zeros(BLOCK);
+          this.writeBlock(directory, block, bytes, 0);
+          yield bytes;
+        }
       }
     }
   }
@@ -266,7 +269,7 @@ class Plan {
     const xattrs = this.shared.bodyOf(inode);
     const header = EXTENDED_INODE.size + xattrs.length;
     const { layout, tail } = this.placementOf(inode, xattrs.length);
-    const bytes = Buffer.alloc(this.recordSize(inode, header, tail));
+    const bytes = this.zeros(this.recordSize(inode, header, tail));
     const type = inode.mode & MODE.FORMAT;
     EXTENDED_INODE.write(bytes, 0, {
       format: INODE_EXTENDED | (layout << 1),
@@ -318,20 +321,25 @@ class Plan {
     }
     let last: DirectoryBlock | undefined;
     for (const block of packDirectory(directory.names, BLOCK)) last = block;
-    if (last !== undefined) this.encodeDirectoryBlock(directory, last, tail).copy(bytes, at);
+    if (last !== undefined) this.writeBlock(directory, last, bytes, at);
   }
 
-  private encodeDirectoryBlock(
+  private writeBlock(
     { inode, parent, names }: Directory,
     block: DirectoryBlock,
-    size: number,
-  ): Buffer {
-    const bytes = Buffer.alloc(size);
-    writeDirectoryBlock(bytes, 0, names, block, (name) => {
+    bytes: Buffer,
+    at: number,
+  ): void {
+    writeDirectoryBlock(bytes, at, names, block, (name) => {
       const target = name === '.' ? inode : name === '..' ? parent : childOf(inode, name);
       return { nid: this.nidOf(target), fileType: fileTypeOf(target.mode) ?? 0 };
     });
-    return bytes;
+  }
+
+  /** So many zero bytes that are free again when the next ones are asked for. */
+  private zeros(size: number): Buffer {
+    if (this.scratch.length < size) this.scratch = Buffer.alloc(size * 2);
+    return this.scratch.fill(0, 0, size).subarray(0, size);
   }
 
   private directoryOf(inode: Inode): Directory {
@@ -345,18 +353,18 @@ class Plan {
   }
 }
 
-/** Each inode of a tree once, in the order in which their names sort. */
-function inodesOf(root: Inode): Inode[] {
-  const inodes: Inode[] = [];
-  const seen = new Set<Inode>([root]);
-  for (const todo = [root]; todo.length > 0;) {
-    const inode = todo.pop();
-    if (inode === undefined) break;
-    inodes.push(inode);
-    for (const child of inode.children?.values() ?? []) {
-      if (seen.has(child)) continue;
-      seen.add(child);
-      todo.push(child);
+/** Each inode of a tree once, in an order that follows from the tree. */
+function inodesOf({ root, indexes }: LayerTree): Inode[] {
+  const inodes = [root];
+  const seen = new Uint8Array(indexes);
+  seen[root.index] = 1;
+  // Grows while it is walked.
+  for (const inode of inodes) {
+    if (inode.children === undefined) continue;
+    for (const child of inode.children.values()) {
+      if (seen[child.index] !== 0) continue;
+      seen[child.index] = 1;
+      inodes.push(child);
     }
   }
   return inodes;

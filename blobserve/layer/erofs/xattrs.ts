@@ -28,6 +28,7 @@ export function storedName(name: string): StoredName | undefined {
 /** The number of shared xattrs of one inode is kept in a byte. */
 const SHARED_MAX = 255;
 const ID_SIZE = 4;
+const NONE = Buffer.alloc(0);
 
 /** The xattrs that at least two inodes have, with the ids by which those name them. */
 export class SharedXattrs {
@@ -65,7 +66,7 @@ export class SharedXattrs {
 
   /** What follows the inode for its xattrs; empty when it has none. A multiple of 4 bytes. */
   bodyOf(inode: Inode): Buffer {
-    if (inode.xattrs === undefined) return Buffer.alloc(0);
+    if (inode.xattrs === undefined) return NONE;
     const shared: number[] = [];
     const inline: Buffer[] = [];
     for (const name of [...inode.xattrs.keys()].sort()) {
@@ -76,7 +77,7 @@ export class SharedXattrs {
       if (id !== undefined && shared.length < SHARED_MAX) shared.push(id);
       else inline.push(encodeEntry(stored, value));
     }
-    if (shared.length + inline.length === 0) return Buffer.alloc(0);
+    if (shared.length + inline.length === 0) return NONE;
     const header = Buffer.alloc(XATTR_HEADER.size + shared.length * ID_SIZE);
     XATTR_HEADER.write(header, 0, { sharedCount: shared.length });
     shared.forEach((id, i) => header.writeUInt32LE(id, XATTR_HEADER.size + i * ID_SIZE));

@@ -111,18 +111,19 @@ function verifyChecksum(bytes: Buffer, at: number, offset: number): void {
   const [checksumAt, checksumLength] = FIELD.checksum;
   const stored = readNumber(bytes, at + checksumAt, checksumLength);
   if (typeof stored !== 'number') throw new TarError(offset, `header checksum ${stored.problem}`);
-  // The field itself counts as spaces. Some old tars summed signed bytes.
-  let unsigned = checksumLength * 0x20;
+  // The field itself counts as spaces.
+  let sum = checksumLength * 0x20;
+  for (let i = at; i < at + checksumAt; i++) sum += bytes[i] ?? 0;
+  for (let i = at + checksumAt + checksumLength; i < at + BLOCK; i++) sum += bytes[i] ?? 0;
+  if (stored === sum) return;
+  // Some old tars summed signed bytes.
   let negative = 0;
-  for (let i = 0; i < BLOCK; i++) {
-    if (i === checksumAt) i += checksumLength;
-    const byte = bytes[at + i] ?? 0;
-    unsigned += byte;
-    if (byte > 127) negative++;
+  for (let i = at; i < at + BLOCK; i++) {
+    const inField = i >= at + checksumAt && i < at + checksumAt + checksumLength;
+    if ((bytes[i] ?? 0) > 127 && !inField) negative++;
   }
-  const signed = unsigned - negative * 256;
-  if (stored !== unsigned && stored !== signed) {
-    throw new TarError(offset, `header checksum is ${stored}, its bytes add up to ${unsigned}`);
+  if (stored !== sum - negative * 256) {
+    throw new TarError(offset, `header checksum is ${stored}, its bytes add up to ${sum}`);
   }
 }
 

@@ -151,7 +151,10 @@ export class TarScanner {
       );
     }
     if (this.dataLeft > 0) {
-      throw new TarError(size, `the stream ends ${this.dataLeft} bytes before the end of ${this.current}`);
+      throw new TarError(
+        size,
+        `the stream ends ${this.dataLeft} bytes before the end of ${showName(this.current)}`,
+      );
     }
     if (this.hasPendingHeaders()) {
       throw new TarError(size, 'the stream ends after an extended header, before its entry');
@@ -294,7 +297,7 @@ export class TarScanner {
     this.longLink = undefined;
     this.extendedBytes = 0;
     this.skip(size);
-    if (size > 0) this.current = showName(path);
+    this.current = path;
     this.onEntry(entry);
   }
 
