@@ -185,7 +185,7 @@ class FilterParser {
       return RE2JS.compile(text);
     } catch (error) {
       if (!(error instanceof RE2JSException)) throw error;
-      return this.#fail(`a regular expression as of RE2 (${error.message})`, start);
+      return this.#fail(`a regular expression as of RE2 (${error.message.slice(0, EXCERPT)})`, start);
     }
   }
 
