@@ -68,8 +68,8 @@ export class PageCachedFile {
    *   own readahead, without making us wait for it.
    */
   preadNow(target: Buffer, offset: number): number | undefined {
-    if (!this.#supported) return undefined;
     if (target.length === 0) return 0;
+    if (!this.#supported) return undefined;
     const address = addressOf(target);
     vectorWords[0] = address; // modulo 2^32, as typed arrays store
     vectorWords[1] = address / 0x1_0000_0000;

@@ -8,17 +8,17 @@ import {
   writeFileSync,
   writeSync,
 } from 'node:fs';
-import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { FileReader } from './file.js';
+import { DISK, READS_NOW } from './testing/page-cache.js';
 import { truth } from './testing/scripted-reader.js';
 
 let dir: string;
 let path: string;
 
 beforeEach(() => {
-  dir = mkdtempSync(join(tmpdir(), 'file-'));
+  dir = mkdtempSync(join(DISK, 'file-'));
   path = join(dir, 'blob');
 });
 
@@ -43,8 +43,8 @@ describe('a file', () => {
       for (let i = 0; i < 50 && !(now = reader.readNow(target, offset)); i++) {
         await reader.read(Buffer.alloc(length), offset);
       }
-      expect(now).toBe(true);
-      expect(target.equals(truth(offset, length))).toBe(true);
+      expect(now).toBe(READS_NOW || length === 0);
+      if (now) expect(target.equals(truth(offset, length))).toBe(true);
     }
     await reader.close();
   });
