@@ -89,6 +89,7 @@ export class SpanMap {
   #pending = new Map<number, number>();
   #flushing: Promise<void> | undefined;
   #entriesFailed = false;
+  #written = false;
 
   private constructor(file: LocalFile, options: SpanMapOptions, spanCount: number) {
     this.#file = file;
@@ -154,12 +155,12 @@ export class SpanMap {
     await this.#flushing;
   }
 
-  /** Writes what is pending, flushes the map itself, and closes it. */
+  /** Writes what is pending, flushes the map itself when it was changed, and closes it. */
   async close(): Promise<void> {
     if (this.#pending.size > 0) this.#wake();
     await this.#flushing;
     try {
-      await this.#file.sync();
+      if (this.#written) await this.#file.sync();
     } catch (error) {
       this.#options.log.warn({ path: this.#options.path, err: error }, 'span map could not be flushed');
     }
@@ -207,6 +208,7 @@ export class SpanMap {
           const crc = batch.get(span) ?? CLEAR;
           if (crc !== CLEAR) this.#encodeEntry(entries, (span - first) * ENTRY.size, span, crc);
         }
+        this.#written = true;
         await this.#file.write(entries, HEADER.size + first * ENTRY.size);
         from = to;
       }
