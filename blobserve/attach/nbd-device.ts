@@ -107,7 +107,7 @@ async function loadModule(): Promise<string | undefined> {
     return undefined;
   }
   const said = result.stderr.trim().split('\n').at(-1) ?? '';
-  return `the kernel has no nbd, and loading it failed (modprobe nbd: ${said === '' ? result.shortMessage : said})`;
+  return `the kernel has no nbd, and loading it failed (modprobe nbd: ${said === '' ? result.originalMessage : said})`;
 }
 
 /** @throws {AttachError} when the driver cannot have a device of this size */

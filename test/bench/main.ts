@@ -1,0 +1,15 @@
+/**
+ * `npm run bench -- NAME [ARGUMENT...]`: runs one benchmark. Each is a file beside this one, entered in the list below; it
+ * prints a table, and one line of JSON at the end.
+ */
+import { serve } from './serve.js';
+
+const BENCHMARKS: Record<string, ((arguments_: string[]) => Promise<void>) | undefined> = { serve };
+
+const [, , name = '', ...rest] = process.argv;
+const benchmark = Object.hasOwn(BENCHMARKS, name) ? BENCHMARKS[name] : undefined;
+if (benchmark === undefined) {
+  console.error(`usage: npm run bench -- ${Object.keys(BENCHMARKS).join('|')} [ARGUMENT...]`);
+  process.exit(2);
+}
+await benchmark(rest);
