@@ -8,6 +8,7 @@
  */
 import { createHash } from 'node:crypto';
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http';
+import { createServer as createTlsServer } from 'node:https';
 import type { AddressInfo, Socket } from 'node:net';
 
 /** One request that a fault answers (or does not). */
@@ -45,8 +46,9 @@ export class FaultServer {
   #plan: PlannedFault[] = [];
   #timers = new Set<NodeJS.Timeout>();
 
-  private constructor() {
-    this.#server = createServer((request, response) => this.#serve(request, response));
+  private constructor(private readonly tls: { key: string; cert: string } | undefined) {
+    const serve = (request: IncomingMessage, response: ServerResponse) => this.#serve(request, response);
+    this.#server = tls === undefined ? createServer(serve) : createTlsServer(tls, serve);
     this.#server.keepAliveTimeout = 60_000;
     this.#server.on('connection', (socket) => {
       this.connections++;
@@ -60,8 +62,9 @@ export class FaultServer {
     });
   }
 
-  static async start(): Promise<FaultServer> {
-    const server = new FaultServer();
+  /** @param tls PEM of a key and its certificate: then it speaks https */
+  static async start(tls?: { key: string; cert: string }): Promise<FaultServer> {
+    const server = new FaultServer(tls);
     await new Promise<void>((resolve) => server.#server.listen(0, '127.0.0.1', resolve));
     return server;
   }
@@ -76,7 +79,7 @@ export class FaultServer {
   }
 
   get url(): string {
-    return `http://${this.host}`;
+    return `${this.tls === undefined ? 'http' : 'https'}://${this.host}`;
   }
 
   /** Connections that are open now. */

@@ -191,6 +191,26 @@ describe('trouble on the way', () => {
     await settled(() => server.openSockets === 1);
   });
 
+  it('bytes after the end of a body reach no later read', async () => {
+    for (let i = 0; i < 5; i++) {
+      server.fail('/blobs/', ({ request }) => {
+        const range = blob.subarray(100, 1100);
+        request.socket.write(
+          `HTTP/1.1 206 Fault\r\nContent-Range: bytes 100-1099/${SIZE}\r\nContent-Length: 1000\r\n\r\n`,
+        );
+        request.socket.end(
+          Buffer.concat([range, Buffer.from('HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nbad')]),
+        );
+      });
+      const outcomes = await Promise.allSettled([bytes(100, 1000), bytes(100, 1000)]);
+      for (const outcome of outcomes) {
+        if (outcome.status === 'fulfilled') expect(outcome.value).toEqual(blob.subarray(100, 1100));
+        else expect(outcome.reason).toMatchObject({ name: 'ReadError' });
+      }
+    }
+    expect(await bytes(100, 1000)).toEqual(blob.subarray(100, 1100));
+  });
+
   it('a body that drips is cut off at the limit of the whole exchange', async () => {
     const hurried = new RegistryClient({ ...LIMITS, requestTimeoutMs: 250 });
     reader = open({}, hurried);

@@ -49,6 +49,9 @@ export class DockerConfig implements CredentialSource {
   readonly #onProblem: (problem: string) => void;
   #version = '';
   #entries: Entries = {};
+  #refreshing: Promise<void> | undefined;
+  /** Keys of broken entries that have been told of. */
+  readonly #reported = new Set<string>();
 
   constructor(path: string, options: DockerConfigOptions = {}) {
     this.#path = path;
@@ -70,30 +73,37 @@ export class DockerConfig implements CredentialSource {
     return undefined;
   }
 
-  async #refresh(): Promise<void> {
+  /** Reads the file when it has changed; whoever asks meanwhile waits for that. */
+  #refresh(): Promise<void> {
+    this.#refreshing ??= this.#read().finally(() => {
+      this.#refreshing = undefined;
+    });
+    return this.#refreshing;
+  }
+
+  async #read(): Promise<void> {
     let version: string;
+    let entries: Entries = {};
     try {
       const status = await stat(this.#path);
       version = `${status.ino} ${status.size} ${status.mtimeMs}`;
       if (version === this.#version) return;
-      this.#entries = {};
-      this.#version = version;
       if (status.size > MAX_FILE) {
         this.#onProblem(
           `${this.#path}: ${status.size} bytes, at most ${MAX_FILE} are read; access is anonymous`,
         );
-        return;
+      } else {
+        entries = this.#parse(await readFile(this.#path, 'utf8'));
       }
-      this.#entries = this.#parse(await readFile(this.#path, 'utf8'));
     } catch (error) {
-      this.#entries = {};
-      const code = error instanceof Error && 'code' in error ? String(error.code) : 'unknown error';
-      version = code;
-      if (version === this.#version) return;
-      this.#version = version;
-      if (code === 'ENOENT' || code === 'ENOTDIR') return;
-      this.#onProblem(`${this.#path} cannot be read (${code}); access to registries is anonymous`);
+      version = error instanceof Error && 'code' in error ? String(error.code) : 'unknown error';
+      if (version !== this.#version && version !== 'ENOENT' && version !== 'ENOTDIR') {
+        this.#onProblem(`${this.#path} cannot be read (${version}); access to registries is anonymous`);
+      }
     }
+    this.#version = version;
+    this.#entries = entries;
+    this.#reported.clear();
   }
 
   /** The entries of a file; none when it is broken. Neither the file's text nor an entry gets into the problem. */
@@ -125,7 +135,10 @@ export class DockerConfig implements CredentialSource {
         // Docker pads what it encodes with zero bytes at times.
         return new PasswordCredentials(pair.slice(0, colon), pair.slice(colon + 1).replace(/\0+$/, ''));
       }
-      this.#onProblem(`${this.#path}: the auth of ${printable(key)} is not base64 of user:password`);
+      if (!this.#reported.has(key)) {
+        this.#reported.add(key);
+        this.#onProblem(`${this.#path}: the auth of ${printable(key)} is not base64 of user:password`);
+      }
       return undefined;
     }
     if (entry.username !== undefined && entry.password !== undefined && entry.username !== '') {
@@ -136,7 +149,7 @@ export class DockerConfig implements CredentialSource {
 }
 
 /** `https://Host:5000/v1/` → `host:5000`. A key with any other path is for a part of a registry, and is no match. */
-function hostOfKey(key: string): string {
+function hostOfKey(key: string): string | undefined {
   const match = /^(?:https?:\/\/)?([^/]+)\/?(?:v[12]\/?)?$/.exec(key.toLowerCase());
-  return match?.[1] ?? '';
+  return match?.[1];
 }

@@ -20,13 +20,8 @@ import {
 import { MANIFEST_ACCEPT } from './media-type.js';
 import type { Platform, PlatformChoice } from './platform.js';
 import { registryHost, type Reference } from './reference.js';
-import {
-  parseErrorBody,
-  printable,
-  RegistryError,
-  retryAfterMs,
-  type RegistryFailure,
-} from './registry-error.js';
+import { parseErrorBody, printable, RegistryError, retryAfterMs } from './registry-error.js';
+import { adviceFor, failureOf } from './status.js';
 import { Transport, type TransportOptions, type TransportResponse } from './transport.js';
 
 export interface RegistryClientOptions extends TransportOptions {
@@ -368,30 +363,4 @@ async function readErrorBody(response: TransportResponse): Promise<string> {
 
 function manifestName(reference: Reference): string {
   return `manifest ${reference.digest ?? reference.tag ?? 'latest'}`;
-}
-
-function failureOf(status: number): RegistryFailure {
-  if (status === 401 || status === 403 || status === 451) return 'denied';
-  if (status === 404 || status === 410) return 'missing';
-  if (status === 408 || status === 425 || status === 429 || status >= 500) return 'transient';
-  return 'invalid';
-}
-
-function adviceFor(status: number, host: string, authorized: boolean, wait: number | undefined): string {
-  switch (status) {
-    case 401:
-      return authorized
-        ? `check the credentials for ${host}`
-        : `log in to ${host}: no credentials for it were used`;
-    case 403:
-      return authorized
-        ? `the account used for ${host} has no right to pull this`
-        : `log in to ${host} with an account that may pull this`;
-    case 404:
-      return 'check the name; some registries answer so too when the account has no right to pull';
-    case 429:
-      return `too many requests${wait === undefined ? '' : `, asked to wait ${wait} ms`}; logging in may raise the limit`;
-    default:
-      return '';
-  }
 }

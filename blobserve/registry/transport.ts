@@ -10,8 +10,9 @@ import { createSecureContext, rootCertificates } from 'node:tls';
 import { Agent, type Dispatcher } from 'undici';
 import type { Authorization } from './authorization.js';
 import { hostUrl, PlainHttpHosts } from './hosts.js';
-import { printable, printableUrl, RegistryError, type RegistryFailure } from './registry-error.js';
+import { printable, printableUrl, RegistryError } from './registry-error.js';
 import { ResponseBody } from './response-body.js';
+import { closedError, explain, mayBePlain, redirectError, redirectTarget } from './transport-error.js';
 
 export interface TransportOptions {
   /** Hosts (`name` or `name:port`) that may be spoken to without TLS. This machine always may. */
@@ -211,7 +212,7 @@ export class Transport {
       );
       if (!follow) return new TransportResponse(data.statusCode, url, redirects, body, data.headers);
       await body.discard();
-      url = nextUrl(from, location);
+      url = redirectTarget(from, location);
       if (seen.has(url.href))
         throw redirectError(from, `it is redirected in a circle, to ${printableUrl(url)}`);
       if (redirects === MAX_REDIRECTS) throw redirectError(from, `more than ${MAX_REDIRECTS} redirects`);
@@ -294,92 +295,9 @@ export class Transport {
   }
 }
 
-/**
- * Whether a host that https failed on may be one that only speaks plain http. Not one whose certificate is not trusted
- * (it speaks TLS), nor one that took our request and did not answer.
- */
-function mayBePlain(error: RegistryError): boolean {
-  const code = errorCode(error.cause);
-  return (
-    error.kind === 'transient' &&
-    !CERTIFICATE.test(code) &&
-    (/^(EPROTO|ERR_SSL.*|ECONNRESET|ECONNREFUSED|UND_ERR_CONNECT_TIMEOUT|UND_ERR_SOCKET)$/.test(code) ||
-      isProtocolError(error.cause))
-  );
-}
-
-const CERTIFICATE = /CERT|UNABLE_TO_(GET_ISSUER|VERIFY|DECRYPT|DECODE)|CRL|INVALID_CA|HOSTNAME_MISMATCH/;
-
-function explain(
-  error: unknown,
-  url: URL,
-  limits: Pick<TransportOptions, 'connectTimeoutMs' | 'headersTimeoutMs' | 'bodyTimeoutMs'>,
-): { reason: string; kind: RegistryFailure } {
-  const where = printableUrl(url);
-  const code = errorCode(error);
-  const detail = error instanceof Error ? printable(error.message) : '';
-  let reason: string;
-  if (code === 'UND_ERR_CONNECT_TIMEOUT') {
-    reason = `no connection to ${url.host} within ${limits.connectTimeoutMs} ms; check the network and any proxy`;
-  } else if (code === 'UND_ERR_HEADERS_TIMEOUT') {
-    reason = `no answer for ${where} within ${limits.headersTimeoutMs} ms`;
-  } else if (code === 'UND_ERR_BODY_TIMEOUT') {
-    reason = `the body of ${where} stalled for ${limits.bodyTimeoutMs} ms`;
-  } else if (code === 'ENOTFOUND' || code === 'EAI_AGAIN') {
-    reason = `the name ${url.hostname} is not known (${code}); check the image name and the name service`;
-  } else if (code === 'ECONNREFUSED') {
-    reason = `${url.host} refuses connections (${code}); is the registry running?`;
-  } else if (CERTIFICATE.test(code)) {
-    reason = `the certificate of ${url.host} is not trusted (${code}); add its CA certificate`;
-  } else if (code === 'EPROTO' || code.startsWith('ERR_SSL')) {
-    reason = `${url.host} does not speak TLS (${code}); when it is a plain http registry, list it as insecure`;
-  } else if (isProtocolError(error) || code === 'UND_ERR_HEADERS_OVERFLOW') {
-    reason = `the answer for ${where} is not HTTP as it should be: ${detail}`;
-  } else {
-    reason = `the connection for ${where} broke${code === '' ? '' : ` (${code})`}: ${detail}`;
-  }
-  return { reason, kind: 'transient' };
-}
-
-function isProtocolError(error: unknown): boolean {
-  return error instanceof Error && error.name === 'HTTPParserError';
-}
-
-function errorCode(error: unknown): string {
-  if (typeof error !== 'object' || error === null || !('code' in error)) return '';
-  return typeof error.code === 'string' ? error.code : '';
-}
-
-function closedError(url: URL, cause: unknown): RegistryError {
-  return new RegistryError('the request was given up, for its reader or client was closed', {
-    kind: 'closed',
-    host: url.host,
-    cause,
-  });
-}
-
-function redirectError(url: URL, what: string): RegistryError {
-  return new RegistryError(`${printableUrl(url)}: ${what}`, { kind: 'invalid', host: url.host });
-}
-
 function singleHeader(headers: Dispatcher.ResponseData['headers'], name: string): string | undefined {
   const value = headers[name];
   return Array.isArray(value) ? value[0] : value;
-}
-
-/** Where a redirect leads. The error never quotes the location: it may be signed. */
-function nextUrl(from: URL, location: string): URL {
-  if (!URL.canParse(location, from.href))
-    throw redirectError(from, 'it is redirected to something that is no URL');
-  const url = new URL(location, from);
-  if (url.protocol !== 'http:' && url.protocol !== 'https:') {
-    throw redirectError(from, `it is redirected to ${printable(url.protocol, 20)}, not https`);
-  }
-  if (url.username !== '' || url.password !== '') {
-    throw redirectError(from, `it is redirected to a URL with a user name in it, on ${url.host}`);
-  }
-  url.hash = '';
-  return url;
 }
 
 /** The promise's outcome, unless the signal aborts first (the promise itself goes on). */

@@ -1,0 +1,119 @@
+/**
+ * The registry of the distribution project as Debian packages it (docker-registry), on a free loopback port with an
+ * empty directory.
+ */
+import { spawn, type ChildProcess } from 'node:child_process';
+import { createHash } from 'node:crypto';
+import { existsSync } from 'node:fs';
+import { mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { createServer, type AddressInfo } from 'node:net';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+
+const BINARY = '/usr/bin/docker-registry';
+
+/** Why there is none here, or undefined. */
+export const noDockerRegistry = existsSync(BINARY) ? undefined : `${BINARY} is not installed`;
+
+export interface DockerRegistryOptions {
+  /** Lines of an htpasswd file (bcrypt). */
+  readonly htpasswd?: string;
+}
+
+export class DockerRegistry {
+  private constructor(
+    readonly host: string,
+    private readonly folder: string,
+    private readonly child: ChildProcess,
+    private readonly authorization: string | undefined,
+  ) {}
+
+  /** @param authorization for pushing, when `htpasswd` is set */
+  static async start(options: DockerRegistryOptions = {}, authorization?: string): Promise<DockerRegistry> {
+    const folder = await mkdtemp(join(tmpdir(), 'docker-registry-'));
+    const host = `127.0.0.1:${await freePort()}`;
+    const config: Record<string, unknown> = {
+      version: '0.1',
+      log: { level: 'error', accesslog: { disabled: true } },
+      storage: { filesystem: { rootdirectory: join(folder, 'data') } },
+      http: { addr: host },
+    };
+    if (options.htpasswd !== undefined) {
+      await writeFile(join(folder, 'htpasswd'), options.htpasswd);
+      config['auth'] = { htpasswd: { realm: 'test', path: join(folder, 'htpasswd') } };
+    }
+    // JSON is YAML.
+    await writeFile(join(folder, 'config.yml'), JSON.stringify(config));
+    const child = spawn(BINARY, ['serve', join(folder, 'config.yml')], { stdio: 'ignore' });
+    const registry = new DockerRegistry(host, folder, child, authorization);
+    await registry.#answers();
+    return registry;
+  }
+
+  /** Uploads a blob; returns its digest. */
+  async pushBlob(repository: string, body: Buffer): Promise<string> {
+    const digest = `sha256:${createHash('sha256').update(body).digest('hex')}`;
+    const start = await this.#send('POST', `http://${this.host}/v2/${repository}/blobs/uploads/`);
+    const location = new URL(start.headers.get('location') ?? '', `http://${this.host}`);
+    location.searchParams.set('digest', digest);
+    await this.#send('PUT', location.href, body, 'application/octet-stream');
+    return digest;
+  }
+
+  /** Uploads a manifest under a tag; returns its digest and its size in bytes. */
+  async pushManifest(
+    repository: string,
+    tag: string,
+    type: string,
+    manifest: unknown,
+  ): Promise<{ digest: string; size: number }> {
+    const body = Buffer.from(JSON.stringify(manifest));
+    await this.#send('PUT', `http://${this.host}/v2/${repository}/manifests/${tag}`, body, type);
+    return { digest: `sha256:${createHash('sha256').update(body).digest('hex')}`, size: body.length };
+  }
+
+  async stop(): Promise<void> {
+    const gone = new Promise<void>((resolve) => this.child.once('exit', () => resolve()));
+    if (this.child.exitCode === null && this.child.signalCode === null) {
+      this.child.kill('SIGKILL');
+      await gone;
+    }
+    await rm(this.folder, { recursive: true });
+  }
+
+  async #send(method: string, url: string, body?: Buffer, type?: string): Promise<Response> {
+    const response = await fetch(url, {
+      method,
+      headers: {
+        ...(type === undefined ? {} : { 'content-type': type }),
+        ...(this.authorization === undefined ? {} : { authorization: this.authorization }),
+      },
+      ...(body === undefined ? {} : { body }),
+    });
+    if (!response.ok) throw new Error(`${method} ${url}: ${response.status} ${await response.text()}`);
+    await response.arrayBuffer();
+    return response;
+  }
+
+  async #answers(): Promise<void> {
+    for (let tries = 0; ; tries++) {
+      try {
+        await (await fetch(`http://${this.host}/v2/`)).arrayBuffer();
+        return;
+      } catch (error) {
+        if (tries === 200 || this.child.exitCode !== null) {
+          throw new Error(`${BINARY} does not answer on ${this.host}`, { cause: error });
+        }
+        await new Promise((resolve) => setTimeout(resolve, 50));
+      }
+    }
+  }
+}
+
+async function freePort(): Promise<number> {
+  const server = createServer();
+  await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
+  const { port } = server.address() as AddressInfo;
+  await new Promise<void>((resolve) => server.close(() => resolve()));
+  return port;
+}
