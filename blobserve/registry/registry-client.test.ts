@@ -330,8 +330,10 @@ describe('tokens', () => {
     await fetch();
     expect(server.requests.at(-1)?.headers.authorization).toMatch(/^Basic /);
     expect(storage.requests[0]?.headers.authorization).toBeUndefined();
-    storage.failAlways('/blobs/', status(401, { 'www-authenticate': 'Basic realm="give"' }));
+    const give = `Basic realm="give", Bearer realm="${storage.url}/token",service="x"`;
+    storage.failAlways('/blobs/', status(401, { 'www-authenticate': give }));
     expect(await failure(fetch())).toMatchObject({ kind: 'denied', status: 401, host: storage.host });
+    expect(storage.count('/token')).toBe(0);
     expect(storage.requests.every(({ headers }) => headers.authorization === undefined)).toBe(true);
     await storage.close();
   });
