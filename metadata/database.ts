@@ -12,6 +12,7 @@ import {
   openSync,
   readSync,
   fstatSync,
+  statSync,
   renameSync,
   rmSync,
 } from 'node:fs';
@@ -27,8 +28,11 @@ export interface OpenOptions extends RootLockOptions {
   readonly now?: () => bigint;
 }
 
-/** Milliseconds to wait for another program that has the file open (a backup, the sqlite3 command). */
-const BUSY_TIMEOUT_MS = 5000;
+/**
+ * Milliseconds to wait for another program that has the file open (a backup, the sqlite3 command). No other call is
+ * answered meanwhile.
+ */
+const BUSY_TIMEOUT_MS = 1000;
 
 /** The open database. One per process and root; its methods are synchronous. */
 export class MetadataDatabase {
@@ -213,6 +217,7 @@ function checkHeader(file: string): void {
   if (header.toString('latin1', 0, 16) !== 'SQLite format 3\0') {
     throw foreignError(file, 'it is not an SQLite database');
   }
+  checkSize(file, size, header);
   const applicationId = header.readUInt32BE(68);
   if (applicationId !== APPLICATION_ID) {
     throw foreignError(
@@ -220,6 +225,18 @@ function checkHeader(file: string): void {
       `its application id is 0x${applicationId.toString(16)}, not 0x${APPLICATION_ID.toString(16)}`,
     );
   }
+}
+
+/**
+ * SQLite reads zeros where a file ends inside a page, which a page's structure need not contradict. While there is a log,
+ * the file may be of any size: the log has what is missing.
+ */
+function checkSize(file: string, size: number, header: Buffer): void {
+  if ((statSync(`${file}-wal`, { throwIfNoEntry: false })?.size ?? 0) > 0) return;
+  const pageSize = header.readUInt16BE(16) === 1 ? 65_536 : header.readUInt16BE(16);
+  const isCountKnown = header.readUInt32BE(24) === header.readUInt32BE(92);
+  const expected = isCountKnown ? pageSize * header.readUInt32BE(28) : Math.ceil(size / pageSize) * pageSize;
+  if (size !== expected) throw damagedError(file, `it is ${size} bytes long, its header says ${expected}`);
 }
 
 function damagedError(file: string, why: string, cause?: unknown): MetadataError {
