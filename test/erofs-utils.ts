@@ -1,0 +1,51 @@
+/**
+ * The reference: mkfs.erofs and fsck.erofs from Debian sid, run with sid's own C library so that any Debian will do.
+ * Debian 12 itself has 1.5, which knows nothing of tars.
+ */
+import { execFileSync } from 'node:child_process';
+import path from 'node:path';
+import { cacheDirectory, checkout } from './debian/packages.js';
+
+/** Where sid's erofs-utils and everything they depend on are unpacked. */
+export const erofsUtilsRoot = path.join(cacheDirectory(), 'roots', 'erofs-utils-sid');
+
+/**
+ * Makes the programs ready; needs the network unless the cache has them.
+ *
+ * @throws {Error} with what apt said
+ */
+export function fetchErofsUtils(): void {
+  const script = path.join(checkout, 'test', 'debian', 'fetch-packages.sh');
+  execFileSync('bash', [script, '--with-dependencies', 'sid', erofsUtilsRoot, 'erofs-utils'], {
+    stdio: ['ignore', 'pipe', 'pipe'],
+    env: { ...process.env, EROFS_NBD_CACHE: cacheDirectory() },
+  });
+}
+
+function run(program: string, parameters: readonly string[]): string {
+  const loader = path.join(erofsUtilsRoot, 'usr', 'lib64', 'ld-linux-x86-64.so.2');
+  const libraries = path.join(erofsUtilsRoot, 'usr', 'lib', 'x86_64-linux-gnu');
+  return execFileSync(
+    loader,
+    ['--library-path', libraries, path.join(erofsUtilsRoot, 'usr', 'bin', program), ...parameters],
+    {
+      stdio: ['ignore', 'pipe', 'pipe'],
+      encoding: 'utf8',
+    },
+  );
+}
+
+/** The reference's index of a tar, with OCI whiteouts made overlayfs ones. */
+export function referenceTarIndex(tar: string, index: string): void {
+  run('mkfs.erofs', ['--quiet', '-d0', '--tar=i', '--aufs', '--mkfs-time', '-T0', index, tar]);
+}
+
+/** @throws {Error} with what fsck.erofs finds wrong with the image */
+export function fsckErofs(image: string): void {
+  run('fsck.erofs', [image]);
+}
+
+/** dump.erofs's account of the super block. */
+export function dumpErofs(image: string): string {
+  return run('dump.erofs', [image]);
+}
