@@ -130,14 +130,17 @@ async function findProcesses(directory: string): Promise<ProcessFound[]> {
   for (const name of (await readdir('/proc')).filter((entry) => /^\d+$/.test(entry))) {
     if (Number(name) === process.pid) continue;
     // A process may end between two of these reads; then there is nothing to tell of it.
-    const words = (await readFile(`/proc/${name}/cmdline`, 'utf8').catch(() => '')).split('\0');
-    const cgroup = await readFile(`/proc/${name}/cgroup`, 'utf8').catch(() => '');
-    const below = words.some((word) => word.includes(`${directory}/`) || word === directory);
-    if (!below && !cgroup.includes(`/${path.basename(directory)}/`)) continue;
-    const status = await readFile(`/proc/${name}/stat`, 'utf8').catch(() => '');
-    const state = status.slice(status.lastIndexOf(')') + 2, status.lastIndexOf(')') + 3);
+    // Not `stat`: reading that hangs for as long as some other process of this machine hangs in execve.
+    const status = await readFile(`/proc/${name}/status`, 'utf8').catch(() => '');
+    const state = /^State:\s+(\S)/m.exec(status)?.[1] ?? '';
     // One that has ended and waits for its parent to notice holds nothing any more.
     if (state === '' || state === 'Z' || state === 'X') continue;
+    const cgroup = await readFile(`/proc/${name}/cgroup`, 'utf8').catch(() => '');
+    // The arguments lie in the process's memory: reading them waits with a process that waits for a mount that hangs.
+    const words =
+      state === 'D' ? [] : (await readFile(`/proc/${name}/cmdline`, 'utf8').catch(() => '')).split('\0');
+    const below = words.some((word) => word.includes(`${directory}/`) || word === directory);
+    if (!below && !cgroup.includes(`/${path.basename(directory)}/`)) continue;
     const executable = await readlink(`/proc/${name}/exe`).catch(() => '');
     found.push({ pid: Number(name), command: words.join(' ').trim() || executable });
   }

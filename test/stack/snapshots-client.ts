@@ -1,0 +1,76 @@
+/**
+ * containerd's snapshots API as a client calls it, for tests that send what containerd would not.
+ */
+import * as grpc from '@grpc/grpc-js';
+import type { snapshots } from '../../proto/messages.js';
+import { snapshotsService } from '../../proto/service.js';
+import { unaryCall } from '../../proto/unary-call.js';
+
+/** Milliseconds: a call that hangs fails its test, by name. */
+const TIMEOUT = 60_000;
+
+export class SnapshotsClient {
+  readonly #client: grpc.Client;
+
+  constructor(socket: string) {
+    this.#client = new grpc.Client(`unix:${socket}`, grpc.credentials.createInsecure(), {
+      'grpc.max_reconnect_backoff_ms': 200,
+      'grpc.initial_reconnect_backoff_ms': 50,
+    });
+  }
+
+  prepare(key: string, parent = '', labels: Record<string, string> = {}) {
+    return unaryCall(this.#client, snapshotsService.prepare, { key, parent, labels }, TIMEOUT);
+  }
+
+  view(key: string, parent = '', labels: Record<string, string> = {}) {
+    return unaryCall(this.#client, snapshotsService.view, { key, parent, labels }, TIMEOUT);
+  }
+
+  mounts(key: string) {
+    return unaryCall(this.#client, snapshotsService.mounts, { key }, TIMEOUT);
+  }
+
+  commit(name: string, key: string, labels: Record<string, string> = {}, parent = '') {
+    return unaryCall(this.#client, snapshotsService.commit, { name, key, labels, parent }, TIMEOUT);
+  }
+
+  remove(key: string) {
+    return unaryCall(this.#client, snapshotsService.remove, { key }, TIMEOUT);
+  }
+
+  stat(key: string) {
+    return unaryCall(this.#client, snapshotsService.stat, { key }, TIMEOUT);
+  }
+
+  update(info: snapshots.Info.$Properties, paths: string[]) {
+    return unaryCall(this.#client, snapshotsService.update, { info, updateMask: { paths } }, TIMEOUT);
+  }
+
+  usage(key: string) {
+    return unaryCall(this.#client, snapshotsService.usage, { key }, TIMEOUT);
+  }
+
+  cleanup() {
+    return unaryCall(this.#client, snapshotsService.cleanup, {}, TIMEOUT);
+  }
+
+  async list(...filters: string[]): Promise<snapshots.Info[]> {
+    const { path, requestSerialize, responseDeserialize } = snapshotsService.list;
+    const stream = this.#client.makeServerStreamRequest(
+      path,
+      requestSerialize,
+      responseDeserialize as (bytes: Buffer) => snapshots.ListSnapshotsResponse,
+      { filters },
+    );
+    const infos: snapshots.Info[] = [];
+    for await (const message of stream as AsyncIterable<snapshots.ListSnapshotsResponse>) {
+      infos.push(...(message.info as snapshots.Info[]));
+    }
+    return infos;
+  }
+
+  close(): void {
+    this.#client.close();
+  }
+}
