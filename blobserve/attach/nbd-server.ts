@@ -48,10 +48,10 @@ const DEFAULT_MAX_READS_IN_FLIGHT = 128;
 const RECEIVE_BUFFER_LENGTH = 16 * 1024;
 /** Other devices and callers get a turn after so many bytes. */
 const BYTES_PER_TURN = 4 * 1024 * 1024;
-/** Replies that wait for room in the socket: enough to have the next at hand, more would only be kept waiting. */
-const BYTES_AHEAD = 1024 * 1024;
+/** No more reads are begun while so many bytes wait for room in the socket: they would fall out of the CPU's cache. */
+const BYTES_AHEAD = 64 * 1024;
 /** Replies are gathered into one write until they have so many bytes: beyond, the client should begin to copy. */
-const BYTES_PER_WRITE = 256 * 1024;
+const BYTES_PER_WRITE = 64 * 1024;
 
 export class NbdServer {
   /** Resolves once, when the connection is over; never rejects. */

@@ -35,8 +35,13 @@ class Server {
     this.#lines = lines[Symbol.asyncIterator]();
   }
 
-  static async start(identifier: string, mode: 'memory' | 'slow' | 'stuck', size = SIZE): Promise<Server> {
-    const child = spawn(process.execPath, [SERVER, identifier, String(size), mode], {
+  static async start(
+    identifier: string,
+    mode: 'memory' | 'slow' | 'stuck',
+    wrapper: string[] = [],
+  ): Promise<Server> {
+    const [command = '', ...rest] = [...wrapper, process.execPath, SERVER, identifier, String(SIZE), mode];
+    const child = spawn(command, rest, {
       stdio: ['pipe', 'pipe', 'inherit'],
     });
     return new Server(child, createInterface({ input: child.stdout }));
@@ -268,6 +273,39 @@ const checks: [string, () => Promise<void>][] = [
       await Promise.all(devices.map((device) => device.detach()));
       await backend.close();
       assert.deepEqual(await connected(), []);
+      assert.ok((await listNbdDevices()).every((device) => device.size === 0 && device.pid === undefined));
+    },
+  ],
+  [
+    'a connection that breaks under a living server is made anew',
+    async () => {
+      const server = await Server.start('erofs-nbd:broken', 'memory');
+      await server.attached();
+      for (let round = 1; round <= 3; round++) {
+        server.say('break');
+        assert.equal(await server.line(), 'broken');
+        assert.ok((await read(server.device, round * MIB, 4096, true)).equals(pattern(round * MIB, 4096)));
+      }
+      server.say('statistics');
+      const statistics = JSON.parse(await server.line()) as { reads: number };
+      assert.ok(statistics.reads >= 3);
+      await server.detach();
+    },
+  ],
+  [
+    'without netlink, which another network namespace does not show, the ioctls do',
+    async () => {
+      const server = await Server.start('erofs-nbd:ioctl', 'slow', ['unshare', '--net']);
+      await server.attached();
+      assert.ok((await read(server.device, 2 * MIB, 4 * MIB, false)).equals(pattern(2 * MIB, 4 * MIB)));
+      assert.ok((await read(server.device, SIZE - 512, 512, true)).equals(pattern(SIZE - 512, 512)));
+      await assert.rejects(read(server.device, MIB, 4096, true), /Input\/output error/);
+      assert.equal(await readFile(`/sys/block/${server.device.slice(5)}/ro`, 'utf8'), '1\n');
+      const second = await Server.start('erofs-nbd:ioctl-2', 'memory', ['unshare', '--net']);
+      await second.attached();
+      assert.notEqual(second.device, server.device);
+      await second.detach();
+      await server.detach();
       assert.ok((await listNbdDevices()).every((device) => device.size === 0 && device.pid === undefined));
     },
   ],
