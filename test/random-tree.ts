@@ -1,6 +1,5 @@
 /** Random layers for tests: every kind of file, awkward names, sizes at the edges of blocks. The seed decides all. */
-import { MODE } from '../blobserve/layer/erofs/format.js';
-import { Inode, type LayerTree } from '../blobserve/layer/tree.js';
+import { Inode, type LayerTree, MODE } from '../blobserve/layer/tree.js';
 
 /** Numbers from 0 to below `below`, the same ones for the same seed (a linear congruential generator). */
 export function seeded(seed: number): (below: number) => number {

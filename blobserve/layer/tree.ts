@@ -1,5 +1,17 @@
 /** The files of one layer, in the form between whatever described them (a tar) and what is written of them (EROFS). */
 
+/** POSIX file type bits of a mode. */
+export const MODE = {
+  FORMAT: 0o170000,
+  SOCKET: 0o140000,
+  SYMLINK: 0o120000,
+  FILE: 0o100000,
+  BLOCK: 0o060000,
+  DIRECTORY: 0o040000,
+  CHAR: 0o020000,
+  FIFO: 0o010000,
+} as const;
+
 /** One file; hard links to it share it. Which fields hold depends on the type bits of `mode`. */
 export class Inode {
   /** Type and permission bits, as in stat(2). */

@@ -5,6 +5,7 @@
  *
  * It accepts what {@link buildTarIndex} and `mkfs.erofs --tar=i` write, which is less than the format allows.
  */
+import { MODE } from '../tree.js';
 import { readDirectoryBlock } from './directory.js';
 import {
   CHUNK_BITS_MASK,
@@ -16,7 +17,6 @@ import {
   INCOMPAT,
   INODE_EXTENDED,
   LAYOUT,
-  MODE,
   NID_SLOT,
   fileTypeOf,
 } from './format.js';

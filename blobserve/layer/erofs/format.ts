@@ -3,6 +3,7 @@
  *
  * Source of everything here: Linux, fs/erofs/erofs_fs.h (also erofs-utils, include/erofs_fs.h, MIT).
  */
+import { MODE } from '../tree.js';
 import { structure } from './structure.js';
 
 /** First four bytes of the super block. */
@@ -152,18 +153,6 @@ export const FILE_TYPE = {
   FIFO: 5,
   SOCKET: 6,
   SYMLINK: 7,
-} as const;
-
-/** POSIX file type bits of a mode. */
-export const MODE = {
-  FORMAT: 0o170000,
-  SOCKET: 0o140000,
-  SYMLINK: 0o120000,
-  FILE: 0o100000,
-  BLOCK: 0o060000,
-  DIRECTORY: 0o040000,
-  CHAR: 0o020000,
-  FIFO: 0o010000,
 } as const;
 
 /** The dirent file type of a mode; undefined when its type bits name no file type. */

@@ -1,9 +1,9 @@
 import { describe, expect, it } from 'vitest';
 import { randomLayer, seeded } from '../../../test/random-tree.js';
-import { Inode, type LayerTree } from '../tree.js';
+import { Inode, type LayerTree, MODE } from '../tree.js';
 import { type TarIndexFacts, checkTarIndex } from './check.js';
 import { readDirectoryBlock } from './directory.js';
-import { CHUNK_INDEX, EXTENDED_INODE, MODE, SUPER_BLOCK, SUPER_OFFSET } from './format.js';
+import { CHUNK_INDEX, EXTENDED_INODE, SUPER_BLOCK, SUPER_OFFSET } from './format.js';
 import { ErofsFormatError, superBlockChecksum } from './super-block.js';
 import { buildTarIndex } from './tarindex.js';
 

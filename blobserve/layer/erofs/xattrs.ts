@@ -2,6 +2,7 @@
  * Extended attributes as EROFS keeps them: behind their inode, and those that several inodes have once in a shared
  * area.
  */
+import { createHash } from 'node:crypto';
 import type { Inode } from '../tree.js';
 import { XATTR_ENTRY, XATTR_HEADER, XATTR_PREFIXES } from './format.js';
 
@@ -99,6 +100,8 @@ function encodeEntry({ index, rest }: StoredName, value: Buffer): Buffer {
   return entry;
 }
 
+/** Tells apart what is not the same; long values by their digest, so that keys stay small. */
 function keyOf(name: string, value: Buffer): string {
-  return `${name}\0${value.toString('latin1')}`;
+  const bytes = value.length > 64 ? createHash('sha256').update(value).digest() : value;
+  return `${name}\0${value.length}\0${bytes.toString('latin1')}`;
 }

@@ -1,5 +1,8 @@
 import { describe, expect, it } from 'vitest';
 import { type HeaderFields, entry, header, pax, tar } from '../../../test/hand-made-tar.js';
+import { seeded } from '../../../test/random-tree.js';
+import { checkTarIndex } from '../erofs/check.js';
+import { buildTarIndex } from '../erofs/tarindex.js';
 import type { Inode } from '../tree.js';
 import { TarScanner } from './scanner.js';
 import { TarError } from './tar-error.js';
@@ -243,3 +246,67 @@ describe('layer tree: refusals', () => {
     expect(() => build([file('a'), hardLink('b', 'nothing')])).toThrow('tar at offset 1024: hard link');
   });
 });
+
+describe('from tar to tarindex', () => {
+  it('every tar is refused or gives an index that passes its check (seeded)', () => {
+    const pieces = [
+      directory('./'),
+      file('a', 'x'.repeat(700)),
+      hardLink('b/c', 'a'),
+      symlink('s', 'b'),
+      file('s/d', ''),
+      pax({ path: 'p/\xff', 'SCHILY.xattr.user.x': 'v', mtime: '-1.5' }),
+      file('replaced', 'y'),
+      file('b/.wh.gone', ''),
+      file('b/.wh..wh..opq', ''),
+      directory('b', { mode: 0o700 }),
+      header({ name: 'dev', type: '3', devMajor: 4, devMinor: 5 }),
+    ];
+    const random = seeded(11);
+    let accepted = 0;
+    for (let round = 0; round < 1500; round++) {
+      const parts = Array.from({ length: 1 + random(12) }, () => {
+        const piece = Buffer.from(pieces[random(pieces.length)] ?? directory('x'));
+        if (random(4) === 0) damage(piece, random);
+        return piece;
+      });
+      const bytes = tar(...parts);
+      let tree;
+      try {
+        const builder = new LayerTreeBuilder({ maxInodes: 500 });
+        const scanner = new TarScanner((found) => builder.add(found));
+        scanner.write(bytes);
+        scanner.end();
+        tree = builder.finish();
+      } catch (error) {
+        if (!(error instanceof TarError)) throw error;
+        continue;
+      }
+      accepted++;
+      checkTarIndex(Buffer.concat([...buildTarIndex(tree, bytes.length).chunks()]), bytes.length);
+    }
+    expect(accepted).toBeGreaterThan(300);
+    expect(accepted).toBeLessThan(1500);
+  });
+});
+
+/** Changes a header's name, type, numbers or link, and makes its checksum right again. */
+function damage(block: Buffer, random: (below: number) => number): void {
+  const [start, length] = (
+    [
+      [0, 8],
+      [100, 24],
+      [124, 12],
+      [136, 12],
+      [156, 1],
+      [157, 6],
+      [329, 16],
+    ] as const
+  )[random(7)] ?? [0, 8];
+  const alphabet = './abps01257\0 .wh.\xff';
+  block.write(alphabet[random(alphabet.length)] ?? '', start + random(length), 'latin1');
+  block.fill(0x20, 148, 156);
+  let sum = 0;
+  for (const byte of block.subarray(0, 512)) sum += byte;
+  block.write(`${sum.toString(8).padStart(6, '0')}\0 `, 148, 'latin1');
+}

@@ -9,8 +9,7 @@
  * - aufs's own files (`.wh..wh.plnk`, …) are left out, though hard links into them work;
  * - `.wh..wh..opq` in the root makes the root opaque (mkfs.erofs gives up).
  */
-import { Inode, type LayerTree } from '../tree.js';
-import { MODE } from '../erofs/format.js';
+import { Inode, type LayerTree, MODE } from '../tree.js';
 import type { EntryType, TarEntry } from './entry.js';
 import { PATH_MAX } from './scanner.js';
 import { TarError, showName } from './tar-error.js';
@@ -18,11 +17,11 @@ import { TarError, showName } from './tar-error.js';
 export interface TreeLimits {
   /** Files and directories, also those that only a path mentions. Default 4,000,000. */
   readonly maxInodes: number;
-  /** Bytes of names, link targets and xattrs. Default 512 MiB. */
+  /** Bytes of names, link targets and xattrs. Default 256 MiB. */
   readonly maxMetadataBytes: number;
 }
 
-export const DEFAULT_TREE_LIMITS: TreeLimits = { maxInodes: 4_000_000, maxMetadataBytes: 512 * 1024 * 1024 };
+export const DEFAULT_TREE_LIMITS: TreeLimits = { maxInodes: 4_000_000, maxMetadataBytes: 256 * 1024 * 1024 };
 
 const NAME_MAX = 255;
 /** Linux's limit on symbolic links in one path. */
@@ -47,6 +46,9 @@ const TYPE_BITS: Record<Exclude<EntryType, 'hardlink'>, number> = {
   directory: MODE.DIRECTORY,
   fifo: MODE.FIFO,
 };
+
+/** Shared by all directories while they are empty, of which a layer may have millions; never written to. */
+const NO_CHILDREN = new Map<string, Inode>();
 
 /** The directory of a place whose parent is not there. */
 const NOWHERE = new Inode(0, MODE.DIRECTORY);
@@ -141,7 +143,7 @@ export class LayerTreeBuilder {
       return;
     }
     const inode = this.inode(0, entry.offset);
-    if (entry.type === 'directory') inode.children = new Map();
+    if (entry.type === 'directory') inode.children = NO_CHILDREN;
     this.describe(inode, entry);
     this.link(parent, name, inode, entry.offset);
   }
@@ -185,6 +187,7 @@ export class LayerTreeBuilder {
   /** Puts an inode under a name, over whatever was there. */
   private link(parent: Inode, name: string, inode: Inode, offset: number): void {
     this.account(name.length, offset);
+    if (parent.children === NO_CHILDREN) parent.children = new Map();
     parent.children?.set(flat(name), inode);
   }
 
@@ -230,7 +233,7 @@ export class LayerTreeBuilder {
 
   private directory(offset: number, parent: Inode | undefined): Inode {
     const directory = this.inode(MODE.DIRECTORY | 0o755, offset);
-    directory.children = new Map();
+    directory.children = NO_CHILDREN;
     directory.mtime = parent?.mtime ?? 0;
     directory.mtimeNanoseconds = parent?.mtimeNanoseconds ?? 0;
     return directory;
