@@ -81,8 +81,11 @@ async function main(choices: DemoChoices): Promise<boolean> {
     result = await Promise.race([runDemo(choices, open, signal), happens]);
   } catch (error) {
     failure = error instanceof Error ? error.message : String(error);
-    if (stack !== undefined && !(error instanceof MissingRequirements))
+    if (stack !== undefined && !signal.aborted) {
       logs = await keepLogs(stack.directory);
+      // Their directory is about to go: what names a log there means its copy.
+      failure = failure.replaceAll(stack.directory, logs);
+    }
   }
   if (stack !== undefined) {
     const troubles = await stack.remove();

@@ -2,7 +2,7 @@
  * A containerd of our own: root, state, sockets and namespace are private, so that one installed on this system is not
  * touched.
  */
-import { mkdir, writeFile } from 'node:fs/promises';
+import { mkdir, rmdir, stat, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { execa, type Result } from 'execa';
 import { architecture } from '../image/oci-layout.js';
@@ -94,6 +94,16 @@ function configuration(options: ContainerdOptions, home: string, major: number):
   return `${lines.join('\n')}\n`;
 }
 
+/** Shims and runc use these of the whole machine, whatever containerd's own directories are; the deepest first. */
+const SHARED = ['/run/containerd/fifo', '/run/containerd/runc', '/run/containerd/s', '/run/containerd'];
+
+async function absentShared(): Promise<string[]> {
+  const absent: string[] = [];
+  for (const directory of SHARED)
+    if ((await stat(directory).catch(() => undefined)) === undefined) absent.push(directory);
+  return absent;
+}
+
 async function programsOf(version: 'sid' | 'installed'): Promise<string> {
   if (version === 'sid') return containerdFromSid();
   const installed = await installedProgram('containerd');
@@ -116,6 +126,7 @@ export async function startContainerd(options: ContainerdOptions): Promise<Conta
   const namespace = path.basename(options.directory);
   const runc = path.dirname(await program('runc'));
   const searchPath = `${programs}:${runc}:${process.env['PATH'] ?? ''}:/usr/sbin:/usr/bin:/sbin:/bin`;
+  const absent = await absentShared();
   const daemon = await startDaemon({
     name: `containerd ${version}`,
     command: containerd,
@@ -142,5 +153,10 @@ export async function startContainerd(options: ContainerdOptions): Promise<Conta
     const images = await list('image', 'ls');
     if (images.length > 0) await ctr('image', 'rm', '--sync', ...images);
   };
-  return { ...daemon, address, namespace, version, programs, environment, ctr, removeAll };
+  const stop = async (patience?: number): Promise<void> => {
+    await daemon.stop(patience);
+    // Only when empty: somebody else may have come to use them meanwhile.
+    for (const directory of absent) await rmdir(directory).catch(() => undefined);
+  };
+  return { ...daemon, stop, address, namespace, version, programs, environment, ctr, removeAll };
 }
