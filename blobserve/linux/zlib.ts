@@ -151,6 +151,8 @@ function stableBuffer(size: number): Buffer {
   return Buffer.from(new ArrayBuffer(size));
 }
 
+const EMPTY: Buffer = stableBuffer(0);
+
 let openInflaters = 0;
 
 /** How many native inflaters are open in this thread. */
@@ -163,6 +165,9 @@ class NativeInflater implements RawInflater {
   /** The z_stream. zlib keeps its address and refuses a stream that has moved. */
   readonly #stream = stableBuffer(Z_STREAM.size);
   readonly #address = koffi.address(this.#stream);
+  /** The buffers of the call under way: zlib knows addresses only, and an address keeps nothing from being collected. */
+  #input = EMPTY;
+  #output = EMPTY;
   #busy = false;
   #closed = false;
   #ended = false;
@@ -197,7 +202,7 @@ class NativeInflater implements RawInflater {
     this.#assertIdle();
     if (this.#ended) return { consumed: 0, produced: 0, state: 'end', unusedBits: 0 };
     const flush = this.#prepare(input, output, stopAtBoundary);
-    return this.#finish(this.#zlib.inflate(this.#address, flush), input, output, flush);
+    return this.#finish(this.#zlib.inflate(this.#address, flush), flush);
   }
 
   async stepAsync(input: Buffer, output: Buffer, stopAtBoundary: boolean): Promise<InflateStep> {
@@ -205,7 +210,6 @@ class NativeInflater implements RawInflater {
     if (this.#ended) return { consumed: 0, produced: 0, state: 'end', unusedBits: 0 };
     const flush = this.#prepare(input, output, stopAtBoundary);
     this.#busy = true;
-    // Both buffers and this object are used again below, so none of them is collected while the other thread is at work.
     try {
       const code = await new Promise<number>((resolve, reject) => {
         this.#zlib.inflate.async(this.#address, flush, (error: unknown, result) => {
@@ -213,7 +217,7 @@ class NativeInflater implements RawInflater {
           else resolve(result);
         });
       });
-      return this.#finish(code, input, output, flush);
+      return this.#finish(code, flush);
     } finally {
       this.#busy = false;
       if (this.#closed) this.#free();
@@ -256,6 +260,8 @@ class NativeInflater implements RawInflater {
         `inflate: ${input.length} to ${output.length} bytes in one step is over ${MAX_STEP}`,
       );
     }
+    this.#input = input;
+    this.#output = output;
     // zlib accepts no null pointer, and an empty buffer may have one: the stream's own address stands in for it.
     const stream = this.#stream;
     stream.writeBigUInt64LE(input.length > 0 ? koffi.address(input) : this.#address, Z_STREAM.nextIn);
@@ -265,7 +271,7 @@ class NativeInflater implements RawInflater {
     return stopAtBoundary ? constants.Z_BLOCK : constants.Z_NO_FLUSH;
   }
 
-  #finish(code: number, input: Buffer, output: Buffer, flush: number): InflateStep {
+  #finish(code: number, flush: number): InflateStep {
     const stream = this.#stream;
     let dataType = stream.readInt32LE(Z_STREAM.dataType);
     if (flush === constants.Z_BLOCK && (code === Z_OK || code === Z_BUF_ERROR)) {
@@ -275,8 +281,10 @@ class NativeInflater implements RawInflater {
         dataType = stream.readInt32LE(Z_STREAM.dataType);
       }
     }
-    const consumed = input.length - stream.readUInt32LE(Z_STREAM.availIn);
-    const produced = output.length - stream.readUInt32LE(Z_STREAM.availOut);
+    const consumed = this.#input.length - stream.readUInt32LE(Z_STREAM.availIn);
+    const produced = this.#output.length - stream.readUInt32LE(Z_STREAM.availOut);
+    this.#input = EMPTY;
+    this.#output = EMPTY;
     if (code === Z_STREAM_END) {
       this.#ended = true;
       return { consumed, produced, state: 'end', unusedBits: 0 };

@@ -1,4 +1,5 @@
-/** Seeded bytes for tests and benchmarks of compressed layers. */
+/** Seeded bytes, and gzip members of every form, for tests and benchmarks of compressed layers. */
+import { crc32, deflateRawSync } from 'node:zlib';
 
 /** A small generator of whole numbers in [0, 2^32) that gives the same numbers for the same seed (xorshift). */
 export function random(seed: number): () => number {
@@ -61,3 +62,29 @@ const WORDS = [
   '{"a":',
   '};',
 ];
+
+/**
+ * A gzip member with optional header fields.
+ *
+ * @param packed its deflate data when that is not to be made here
+ */
+export function member(
+  data: Buffer,
+  fields: { name?: string; comment?: string; extra?: Buffer; hcrc?: boolean } = {},
+  packed: Buffer = deflateRawSync(data),
+): Buffer {
+  const flags =
+    (fields.hcrc ? 2 : 0) | (fields.extra ? 4 : 0) | (fields.name ? 8 : 0) | (fields.comment ? 16 : 0);
+  const parts: Buffer[] = [Buffer.from([0x1f, 0x8b, 8, flags, 0, 0, 0, 0, 0, 3])];
+  if (fields.extra) parts.push(Buffer.of(fields.extra.length & 0xff, fields.extra.length >> 8), fields.extra);
+  if (fields.name) parts.push(Buffer.from(`${fields.name}\0`, 'latin1'));
+  if (fields.comment) parts.push(Buffer.from(`${fields.comment}\0`, 'latin1'));
+  if (fields.hcrc) {
+    const crc = crc32(Buffer.concat(parts)) & 0xffff;
+    parts.push(Buffer.of(crc & 0xff, crc >> 8));
+  }
+  const trailer = Buffer.alloc(8);
+  trailer.writeUInt32LE(crc32(data), 0);
+  trailer.writeUInt32LE(data.length, 4);
+  return Buffer.concat([...parts, packed, trailer]);
+}

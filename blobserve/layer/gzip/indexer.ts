@@ -1,0 +1,293 @@
+/**
+ * Makes the index of a gzip blob in one pass, while the blob is being fetched: checkpoints, a SHA-256 of each span, the
+ * blob's digest, the uncompressed digest (diff ID), and the uncompressed bytes for whoever scans the tar.
+ *
+ * Plain synchronous calls that use a core for as long as they run: for a worker thread, never for the thread that serves.
+ *
+ * There is no state to save and resume from. What would have to be resumed are SHA-256 computations, which node:crypto
+ * cannot save, and the tar scanner's. After a restart the compressed bytes that are in the cache are fed in again from
+ * the local disk, at the speed of inflation, and the network's go on behind them; nothing is fetched twice. The same
+ * bytes give the same index, however they are split.
+ */
+import { createHash, type Hash } from 'node:crypto';
+import { crc32 } from 'node:zlib';
+import { InflateError, type RawInflater, WINDOW_SIZE } from '../../linux/zlib.js';
+import { DEFAULT_SPAN_SIZE } from './checkpoints.js';
+import { GzipError } from './gzip-error.js';
+import { checkTrailer, FIRST_BYTE, GzipHeader, TRAILER_SIZE } from './header.js';
+import { openRawInflater } from './raw-inflater.js';
+
+/** Output in one piece: fits a core's cache, so that the hash finds it there. */
+const OUTPUT_SIZE = 256 * 1024;
+/**
+ * Every gzip member's start is a checkpoint, as erofs-utils has it (its reader needs it), as long as there are not more
+ * members than this. An eStargz layer has one for each file; of those only a start this share of a span after the
+ * last checkpoint gets one.
+ */
+const MEMBERS_WITH_CHECKPOINT = 256;
+const MEMBER_DISTANCE_SHARE = 16;
+
+/** A place where inflation can start, as the indexer comes to it. */
+export interface IndexedCheckpoint {
+  readonly in: number;
+  readonly out: number;
+  readonly bits: number;
+  /** The output before it, at most 32768 bytes; valid until the callback returns. */
+  readonly window: Buffer;
+}
+
+export interface IndexerOptions {
+  /** Uncompressed bytes after which the next block boundary is a checkpoint. Default 4 MiB. */
+  readonly spanSize?: number;
+  /** More uncompressed bytes than this are refused: what the disk, or the manifest, has room for. */
+  readonly maxUncompressedBytes: number;
+  /** Called for each checkpoint, in order. */
+  readonly onCheckpoint: (checkpoint: IndexedCheckpoint) => void;
+  /** Called with the uncompressed bytes, in order; a chunk is valid until the callback returns. */
+  readonly onData?: (chunk: Buffer) => void;
+  /** Who inflates; the indexer closes it. Default: zlib. */
+  readonly inflater?: RawInflater;
+}
+
+export interface IndexSummary {
+  readonly sizes: { readonly compressed: number; readonly uncompressed: number };
+  readonly spanSize: number;
+  readonly members: number;
+  readonly checkpoints: number;
+  /** SHA-256 of each compressed span, 32 bytes each. */
+  readonly spanDigests: Buffer;
+  /** `sha256:<hex>` of the compressed blob. */
+  readonly blobDigest: string;
+  /** `sha256:<hex>` of the uncompressed bytes. */
+  readonly diffId: string;
+}
+
+type State = 'header' | 'deflate' | 'trailer' | 'between' | 'padding' | 'failed' | 'finished';
+
+/** Call `write` with the blob's bytes, split anywhere, then `finish` once; `close` in any case. */
+export class GzipIndexer {
+  readonly #options: IndexerOptions;
+  readonly #spanSize: number;
+  readonly #inflater: RawInflater;
+  readonly #output = Buffer.from(new ArrayBuffer(OUTPUT_SIZE));
+  readonly #window = Buffer.from(new ArrayBuffer(WINDOW_SIZE));
+  readonly #blobHash = createHash('sha256');
+  readonly #diffHash = createHash('sha256');
+  readonly #spanDigests: Buffer[] = [];
+  #spanHash: Hash | undefined;
+  #state: State = 'header';
+  #header = new GzipHeader(0);
+  readonly #trailer = Buffer.alloc(TRAILER_SIZE);
+  #trailerFilled = 0;
+  /** Bytes at the start of #output that have not been handed on. */
+  #filled = 0;
+  #uncompressed = 0;
+  #members = 0;
+  #memberStart = 0;
+  #memberCrc = 0;
+  #lastCheckpoint = 0;
+  /** Where the chunk being written begins in the blob, and the byte before it. */
+  #chunkStart = 0;
+  #byteBefore = 0;
+
+  constructor(options: IndexerOptions) {
+    this.#options = options;
+    this.#spanSize = options.spanSize ?? DEFAULT_SPAN_SIZE;
+    if (!Number.isSafeInteger(this.#spanSize) || this.#spanSize < WINDOW_SIZE) {
+      throw new RangeError(`a span of ${this.#spanSize} bytes is less than a window`);
+    }
+    this.#inflater = options.inflater ?? openRawInflater();
+  }
+
+  /** Uncompressed bytes so far. */
+  get uncompressed(): number {
+    return this.#uncompressed;
+  }
+
+  /**
+   * Takes the next bytes of the blob.
+   *
+   * @throws {GzipError} when they are not gzip, contradict a trailer, or are too many; also what the callbacks throw.
+   *   The indexer is then of no further use
+   */
+  write(chunk: Buffer): void {
+    if (this.#state === 'failed' || this.#state === 'finished') {
+      throw new Error(`the indexer has ${this.#state}`);
+    }
+    try {
+      this.#blobHash.update(chunk);
+      this.#take(chunk);
+    } catch (error) {
+      this.#state = 'failed';
+      throw error;
+    }
+  }
+
+  /**
+   * Says that the blob is complete.
+   *
+   * @throws {GzipError} when it stops inside a member
+   */
+  finish(): IndexSummary {
+    const where = this.#state;
+    const size = this.#chunkStart;
+    this.#state = 'failed';
+    if (where !== 'between' && where !== 'padding') {
+      throw new GzipError(`the gzip stream ends inside a member's ${where}`, size);
+    }
+    this.#endSpan();
+    this.#state = 'finished';
+    return {
+      sizes: { compressed: size, uncompressed: this.#uncompressed },
+      spanSize: this.#spanSize,
+      members: this.#members,
+      checkpoints: this.#spanDigests.length,
+      spanDigests: Buffer.concat(this.#spanDigests),
+      blobDigest: `sha256:${this.#blobHash.digest('hex')}`,
+      diffId: `sha256:${this.#diffHash.digest('hex')}`,
+    };
+  }
+
+  /** Frees what is outside of the heap. Idempotent. */
+  close(): void {
+    this.#inflater.close();
+    if (this.#state !== 'finished') this.#state = 'failed';
+  }
+
+  #take(chunk: Buffer): void {
+    let at = 0;
+    /** Up to where the chunk is in the hash of the span under way. */
+    let hashed = 0;
+    const checkpoint = (bits: number): void => {
+      this.#spanHash?.update(chunk.subarray(hashed, at));
+      hashed = at;
+      this.#checkpoint(this.#chunkStart + at, bits, at > 0 ? (chunk[at - 1] ?? 0) : this.#byteBefore);
+    };
+    // Inflation may have output left when the input is used up: only a step that leaves room ends the loop.
+    let pending = false;
+    while (at < chunk.length || pending) {
+      switch (this.#state) {
+        case 'header':
+          at = this.#header.take(chunk, at);
+          if (!this.#header.complete) break;
+          this.#beginMember();
+          if (this.#memberGetsCheckpoint()) checkpoint(0);
+          break;
+        case 'deflate': {
+          const room = OUTPUT_SIZE - this.#filled;
+          const step = this.#inflate(chunk, at);
+          at += step.consumed;
+          pending = step.produced === room;
+          if (step.state === 'end') {
+            this.#flush();
+            this.#state = 'trailer';
+            this.#trailerFilled = 0;
+            pending = false;
+          } else if (step.state === 'boundary') {
+            pending = true;
+            const position = this.#uncompressed;
+            if (position - this.#lastCheckpoint > this.#spanSize) checkpoint(step.unusedBits);
+          }
+          break;
+        }
+        case 'trailer': {
+          const taken = chunk.copy(this.#trailer, this.#trailerFilled, at);
+          this.#trailerFilled += taken;
+          at += taken;
+          if (this.#trailerFilled < TRAILER_SIZE) break;
+          const length = this.#uncompressed - this.#memberStart;
+          checkTrailer(this.#trailer, this.#memberCrc, length, this.#chunkStart + at);
+          this.#state = 'between';
+          break;
+        }
+        case 'between':
+          if (chunk[at] === FIRST_BYTE) {
+            this.#header = new GzipHeader(this.#chunkStart + at);
+            this.#state = 'header';
+          } else this.#state = 'padding';
+          break;
+        case 'padding':
+          checkPadding(chunk, at, this.#chunkStart);
+          at = chunk.length;
+          break;
+        case 'failed':
+        case 'finished':
+          return;
+      }
+    }
+    this.#spanHash?.update(chunk.subarray(hashed));
+    this.#byteBefore = chunk.at(-1) ?? this.#byteBefore;
+    this.#chunkStart += chunk.length;
+  }
+
+  #inflate(chunk: Buffer, at: number): ReturnType<RawInflater['step']> {
+    let step;
+    try {
+      step = this.#inflater.step(chunk.subarray(at), this.#output.subarray(this.#filled), true);
+    } catch (error) {
+      if (!(error instanceof InflateError)) throw error;
+      const place = this.#chunkStart + at + error.consumed;
+      throw new GzipError(`corrupt deflate data: ${error.message}`, place, { cause: error });
+    }
+    this.#filled += step.produced;
+    this.#uncompressed += step.produced;
+    if (this.#uncompressed > this.#options.maxUncompressedBytes) {
+      throw new GzipError(
+        `the blob has more than the ${this.#options.maxUncompressedBytes} uncompressed bytes it may have`,
+        this.#chunkStart + at + step.consumed,
+      );
+    }
+    if (this.#filled === OUTPUT_SIZE) this.#flush();
+    return step;
+  }
+
+  /** Hands on what has been inflated. */
+  #flush(): void {
+    if (this.#filled === 0) return;
+    const bytes = this.#output.subarray(0, this.#filled);
+    this.#filled = 0;
+    this.#memberCrc = crc32(bytes, this.#memberCrc);
+    this.#diffHash.update(bytes);
+    this.#options.onData?.(bytes);
+  }
+
+  #beginMember(): void {
+    this.#members++;
+    this.#memberStart = this.#uncompressed;
+    this.#memberCrc = 0;
+    this.#inflater.reset();
+    this.#state = 'deflate';
+  }
+
+  #memberGetsCheckpoint(): boolean {
+    if (this.#members <= MEMBERS_WITH_CHECKPOINT) return true;
+    return this.#uncompressed - this.#lastCheckpoint >= this.#spanSize / MEMBER_DISTANCE_SHARE;
+  }
+
+  #checkpoint(position: number, bits: number, byteBefore: number): void {
+    this.#endSpan();
+    this.#spanHash = createHash('sha256');
+    if (bits > 0) this.#spanHash.update(Buffer.of(byteBefore));
+    this.#lastCheckpoint = this.#uncompressed;
+    const length = this.#inflater.copyWindow(this.#window);
+    const window = this.#window.subarray(0, length);
+    this.#options.onCheckpoint({ in: position, out: this.#uncompressed, bits, window });
+  }
+
+  #endSpan(): void {
+    if (this.#spanHash) this.#spanDigests.push(this.#spanHash.digest());
+    this.#spanHash = undefined;
+  }
+}
+
+const ZEROS = Buffer.alloc(64 * 1024);
+
+/** Zeros may follow the last member, as gzip(1) allows (a tape's block); anything else it would warn about. */
+function checkPadding(chunk: Buffer, from: number, chunkStart: number): void {
+  for (let at = from; at < chunk.length; at += ZEROS.length) {
+    const part = chunk.subarray(at, at + ZEROS.length);
+    if (part.equals(ZEROS.subarray(0, part.length))) continue;
+    const garbage = at + part.findIndex((byte) => byte !== 0);
+    throw new GzipError('the gzip stream is followed by something else', chunkStart + garbage);
+  }
+}
