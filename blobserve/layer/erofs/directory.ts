@@ -32,13 +32,22 @@ export function* packDirectory(names: readonly string[], blockSize: number): Gen
   if (used > 0) yield { from, to: names.length, used };
 }
 
-/** Bytes of a directory with these names: whole blocks, the last one only as far as it is used. */
-export function directorySize(names: readonly string[], blockSize: number): number {
-  let size = 0;
+/** What it takes to keep a directory with these names. */
+export interface DirectoryExtent {
+  /** Bytes: whole blocks, the last one only as far as it is used. */
+  readonly size: number;
+  readonly last: DirectoryBlock;
+}
+
+/** @param names at least one, as for {@link packDirectory} */
+export function measureDirectory(names: readonly string[], blockSize: number): DirectoryExtent {
+  let blocks = 0;
+  let last: DirectoryBlock = { from: 0, to: 0, used: 0 };
   for (const block of packDirectory(names, blockSize)) {
-    size = Math.ceil(size / blockSize) * blockSize + block.used;
+    blocks++;
+    last = block;
   }
-  return size;
+  return { size: (blocks - 1) * blockSize + last.used, last };
 }
 
 /**

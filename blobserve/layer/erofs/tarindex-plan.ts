@@ -5,7 +5,13 @@
  * for, piece by piece.
  */
 import { type Inode, type LayerTree, MODE } from '../tree.js';
-import { type DirectoryBlock, directorySize, packDirectory, writeDirectoryBlock } from './directory.js';
+import {
+  type DirectoryBlock,
+  type DirectoryExtent,
+  measureDirectory,
+  packDirectory,
+  writeDirectoryBlock,
+} from './directory.js';
 import {
   CHUNK_BITS_MASK,
   CHUNK_INDEX,
@@ -48,7 +54,12 @@ interface Directory {
   readonly parent: Inode;
   /** Sorted, with `.` and `..`. */
   readonly names: readonly string[];
+  readonly extent: DirectoryExtent;
 }
+
+/** Of every directory without content: a layer may have millions. */
+const NO_NAMES = ['.', '..'];
+const NO_EXTENT = measureDirectory(NO_NAMES, BLOCK);
 
 /** Where everything goes; then what is there, piece by piece. */
 export class TarIndexPlan {
@@ -62,7 +73,8 @@ export class TarIndexPlan {
   /** By index; 0 means not placed yet. */
   private readonly nids: Float64Array;
   private readonly nlinks: Uint32Array;
-  private readonly directories = new Map<Inode, Directory>();
+  /** By index, of directories alone. */
+  private readonly directories: (Directory | undefined)[];
   /** First block of an inode's data, counted from the data area's start. */
   private readonly dataBlocks = new Map<Inode, number>();
   private dataBlockCount = 0;
@@ -77,6 +89,7 @@ export class TarIndexPlan {
   ) {
     this.nids = new Float64Array(tree.indexes);
     this.nlinks = new Uint32Array(tree.indexes);
+    this.directories = new Array<Directory | undefined>(tree.indexes).fill(undefined);
     this.shared = new SharedXattrs(inodesOf(tree));
     this.placeAll();
     this.xattrArea = blocksFor(this.cursor);
@@ -129,7 +142,7 @@ export class TarIndexPlan {
     yield this.zeros((this.dataArea - this.xattrArea) * BLOCK - this.shared.size);
     for (const inode of this.dataBlocks.keys()) {
       const { blocks } = this.placementOf(inode, this.shared.bodyOf(inode).length);
-      const directory = this.directories.get(inode);
+      const directory = this.directories[inode.index];
       if (directory === undefined) {
         const bytes = this.zeros(blocks * BLOCK);
         bytes.write(inode.target, 'latin1');
@@ -175,8 +188,10 @@ export class TarIndexPlan {
 
   private place(inode: Inode, parent: Inode): void {
     if (inode.children !== undefined) {
-      const names = [...inode.children.keys(), '.', '..'].sort();
-      this.directories.set(inode, { inode, parent, names });
+      const isEmpty = inode.children.size === 0;
+      const names = isEmpty ? NO_NAMES : [...inode.children.keys(), '.', '..'].sort();
+      const extent = isEmpty ? NO_EXTENT : measureDirectory(names, BLOCK);
+      this.directories[inode.index] = { inode, parent, names, extent };
     }
     const xattrs = this.shared.bodyOf(inode).length;
     const header = EXTENDED_INODE.size + xattrs;
@@ -200,8 +215,8 @@ export class TarIndexPlan {
 
   /** Bytes of an inode's own data in this image: directories and symbolic links have some. */
   private dataSizeOf(inode: Inode): number {
-    const directory = this.directories.get(inode);
-    return directory === undefined ? inode.target.length : directorySize(directory.names, BLOCK);
+    const directory = this.directories[inode.index];
+    return directory === undefined ? inode.target.length : directory.extent.size;
   }
 
   private placementOf(inode: Inode, xattrs: number): Placed {
@@ -262,14 +277,12 @@ export class TarIndexPlan {
   }
 
   private writeTail(inode: Inode, bytes: Buffer, at: number, tail: number): void {
-    const directory = this.directories.get(inode);
+    const directory = this.directories[inode.index];
     if (directory === undefined) {
       bytes.write(inode.target.slice(inode.target.length - tail), at, 'latin1');
       return;
     }
-    let last: DirectoryBlock | undefined;
-    for (const block of packDirectory(directory.names, BLOCK)) last = block;
-    if (last !== undefined) this.writeBlock(directory, last, bytes, at);
+    this.writeBlock(directory, directory.extent.last, bytes, at);
   }
 
   private writeBlock(
@@ -291,7 +304,7 @@ export class TarIndexPlan {
   }
 
   private directoryOf(inode: Inode): Directory {
-    const directory = this.directories.get(inode);
+    const directory = this.directories[inode.index];
     if (directory === undefined) throw new Error(`inode ${inode.index} is no directory of this image`);
     return directory;
   }
