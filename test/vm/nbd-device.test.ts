@@ -1,4 +1,3 @@
-import { copyFileSync, mkdirSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import { execa } from 'execa';
 import { describe, expect, it } from 'vitest';
@@ -14,9 +13,9 @@ describe('the nbd backend on a Linux 6.12 kernel', () => {
     async () => {
       // A directory of its own: what is built in dist/ at the same time is not disturbed.
       const build = 'dist/vm';
-      await execa('node_modules/.bin/tsc', ['-p', 'tsconfig.json', '--outDir', build], { cwd: ROOT });
-      mkdirSync(`${ROOT}/${build}/proto/gen`, { recursive: true });
-      copyFileSync(`${ROOT}/proto/gen/messages.js`, `${ROOT}/${build}/proto/gen/messages.js`);
+      await execa('node_modules/.bin/tsc', ['-p', 'tsconfig.json', '--outDir', build, '--noCheck'], {
+        cwd: ROOT,
+      });
       const result = await execa('test/vm/run.sh', ['node', `${build}/test/vm/guest/nbd-device.js`], {
         cwd: ROOT,
         reject: false,
