@@ -195,7 +195,6 @@ export const FuseOpcode = {
   GETXATTR: 22,
   LISTXATTR: 23,
   REMOVEXATTR: 24,
-  FLUSH: 25,
   INIT: 26,
   OPENDIR: 27,
   READDIR: 28,
@@ -229,7 +228,14 @@ export const FuseInitFlag = {
 } as const;
 
 /** Flags of the answer to OPEN. */
-export const FuseOpenFlag = { DIRECT_IO: 1, KEEP_CACHE: 2 } as const;
+export const FuseOpenFlag = {
+  /** Reads go to the server, past FUSE's page cache. */
+  DIRECT_IO: 1,
+  /** What the page cache has of the file from before stays. */
+  KEEP_CACHE: 2,
+  /** Closing does not wait for the server. */
+  NOFLUSH: 32,
+} as const;
 
 /** Linux error numbers a reply can carry. */
 export const FuseErrno = {
@@ -286,19 +292,15 @@ export type FuseRequest = FuseRequestHead &
     | { readonly kind: 'lookup'; readonly name: string }
     /** `writes`: not for reading only. */
     | { readonly kind: 'open'; readonly writes: boolean }
-    | {
-        readonly kind: 'read' | 'readdir';
-        readonly handle: bigint;
-        readonly offset: number;
-        readonly size: number;
-      }
+    | { readonly kind: 'read'; readonly handle: bigint; readonly offset: number; readonly size: number }
+    | { readonly kind: 'readdir'; readonly offset: number; readonly size: number }
     | {
         readonly kind:
           | 'getattr'
           | 'opendir'
           | 'statfs'
           | 'access'
-          /** RELEASE, RELEASEDIR, FLUSH, FSYNC, FSYNCDIR: nothing is kept for a handle. */
+          /** RELEASE, RELEASEDIR, FSYNC, FSYNCDIR: nothing is kept for a handle. */
           | 'done'
           /** Must not be answered: FORGET, BATCH_FORGET, INTERRUPT. */
           | 'unanswered'
@@ -322,10 +324,13 @@ export function parseRequest(bytes: Buffer): FuseRequest {
   const head = { opcode, unique, nodeId };
   const body = InHeader.size;
   switch (opcode) {
-    case FuseOpcode.READ:
-    case FuseOpcode.READDIR: {
+    case FuseOpcode.READ: {
       const { fh: handle, offset, size } = ReadIn.decode(bytes, body);
-      return { ...head, kind: opcode === FuseOpcode.READ ? 'read' : 'readdir', handle, offset, size };
+      return { ...head, kind: 'read', handle, offset, size };
+    }
+    case FuseOpcode.READDIR: {
+      const { offset, size } = ReadIn.decode(bytes, body);
+      return { ...head, kind: 'readdir', offset, size };
     }
     case FuseOpcode.INIT: {
       const { major, minor, max_readahead: maxReadahead, flags } = InitIn.decode(bytes, body);
@@ -357,7 +362,6 @@ export function parseRequest(bytes: Buffer): FuseRequest {
       return { ...head, kind: 'access' };
     case FuseOpcode.RELEASE:
     case FuseOpcode.RELEASEDIR:
-    case FuseOpcode.FLUSH:
     case FuseOpcode.FSYNC:
     case FuseOpcode.FSYNCDIR:
     case FuseOpcode.DESTROY:

@@ -255,7 +255,7 @@ export class FuseServer {
       case 'change':
         return this.#refuse(request, FuseErrno.EROFS);
       case 'unknown':
-        // Also extended attributes. The kernel remembers most of these and does not ask again.
+        // Also extended attributes and FLUSH. The kernel remembers the answer for most of these and does not ask again.
         return this.#refuse(request, FuseErrno.ENOSYS);
     }
   }
@@ -321,7 +321,9 @@ export class FuseServer {
     if (file === undefined) return;
     // EROFS reads its metadata through the node's page cache. It is kept from one open to the next, but for the first:
     // an earlier file with this node id may have left something in it.
-    const flags = FuseOpenFlag.DIRECT_IO + (file.opened ? FuseOpenFlag.KEEP_CACHE : 0);
+    // Closing must not wait for a server that may be dead: the process that is to start the next one may hold such a file,
+    // and closes it on the way to exec.
+    const flags = FuseOpenFlag.DIRECT_IO + FuseOpenFlag.NOFLUSH + (file.opened ? FuseOpenFlag.KEEP_CACHE : 0);
     file.opened = true;
     this.#send(openReply(request.unique, BigInt(file.generation), flags));
   }
