@@ -103,7 +103,7 @@ async function bytesAt(reader: BlobReader, offset: number, length: number): Prom
   return target;
 }
 
-const text = mixture(12_000_000, 5);
+const text = mixture(6_000_000, 5);
 const blob = gzipSync(text, { level: 6 });
 
 describe('reads', () => {
@@ -127,7 +127,7 @@ describe('reads', () => {
         const { reader, cache } = open(bytes, indexOf(bytes, 1 << 20, { digests }), new InflatedCache(size));
         expect(reader.size).toBe(text.length);
         await Promise.all(
-          Array.from({ length: 40 }, async () => {
+          Array.from({ length: 25 }, async () => {
             const length = next() % 5 ? 1 + (next() % 140_000) : next() % 3_000_000;
             const offset = next() % (text.length - length);
             const got = await bytesAt(reader, offset, length);
@@ -140,12 +140,14 @@ describe('reads', () => {
   });
 
   it('are right from every checkpoint, without digests to help', async () => {
-    const index = indexOf(blob, 100_000, { digests: false });
-    const { reader } = open(blob, index);
+    const large = mixture(40_000_000, 6);
+    const packed = gzipSync(large, { level: 1 });
+    const index = indexOf(packed, 400_000, { digests: false });
+    const { reader } = open(packed, index);
     expect(new Set(index.table.bits).size).toBe(8);
     for (let span = 0; span < index.table.count; span++) {
       const { start, end } = index.table.uncompressedSpan(span);
-      expect((await bytesAt(reader, start, end - start)).equals(text.subarray(start, end))).toBe(true);
+      expect((await bytesAt(reader, start, end - start)).equals(large.subarray(start, end))).toBe(true);
     }
   });
 
@@ -164,7 +166,7 @@ describe('reads', () => {
     const target = Buffer.alloc(100_000);
     expect(reader.readNow(target, 1234)).toBe(true);
     expect(target.equals(text.subarray(1234, 101_234))).toBe(true);
-    expect(reader.readNow(target, 8_000_000)).toBe(false);
+    expect(reader.readNow(target, 5_000_000)).toBe(false);
     expect(next.reads).toHaveLength(1);
   });
 
@@ -172,7 +174,7 @@ describe('reads', () => {
     const { reader, next, cache } = open(blob, indexOf(blob, 4 << 20), new InflatedCache(64 << 20));
     await bytesAt(reader, 0, 4096);
     expect(cache.bytes).toBeLessThan(3 << 20); // half a MiB and the compressed span, not 4 MiB
-    for (let offset = 0; offset < 4 << 20; offset += 100_000) await bytesAt(reader, offset, 100_000);
+    for (let offset = 0; offset < 4 << 20; offset += 200_000) await bytesAt(reader, offset, 200_000);
     expect(next.reads).toHaveLength(1);
   });
 
@@ -194,8 +196,8 @@ describe('reads', () => {
     let turns = 0;
     for (; !done; turns++) await new Promise((resolve) => setImmediate(resolve));
     await all;
-    // 23 pieces and 30 or more slices of hashing: a span done at a stretch would be 3 turns.
-    expect(turns).toBeGreaterThan(40);
+    // 12 pieces and some 20 slices of hashing: spans done at a stretch would be a few turns.
+    expect(turns).toBeGreaterThan(20);
   });
 });
 
@@ -205,7 +207,7 @@ describe('closing', () => {
     await bytesAt(reader, 0, 4096);
     let release = (): void => undefined;
     next.gate = new Promise((resolve) => (release = resolve));
-    const pending = [5_000_000, 5_000_001, 9_000_000].map((at) => bytesAt(reader, at, 10));
+    const pending = [3_000_000, 3_000_001, 5_000_000].map((at) => bytesAt(reader, at, 10));
     const outcome = Promise.allSettled(pending);
     const closing = reader.close();
     release();
@@ -239,7 +241,7 @@ describe('wrong bytes', () => {
     const index = indexOf(blob, 1 << 20, { digests: false });
     const next = random(31);
     let found = 0;
-    for (let round = 0; round < 40; round++) {
+    for (let round = 0; round < 15; round++) {
       const { start, end } = index.table.compressedSpan(3);
       const { reader } = open(corrupt(start + 1 + (next() % (end - start - 2))), index);
       const out = index.table.uncompressedSpan(3);
@@ -252,7 +254,7 @@ describe('wrong bytes', () => {
       }
     }
     // A changed literal inside a block is nothing that deflate knows of: that is what digests are for.
-    expect(found).toBeGreaterThan(5);
+    expect(found).toBeGreaterThan(2);
   });
 
   it.each([
@@ -303,7 +305,7 @@ describe('wrong bytes', () => {
     const next = random(12);
     const small = gzipSync(text.subarray(0, 400_000), { level: 6, memLevel: 4 });
     const open0 = openNativeInflaters();
-    for (let round = 0; round < 150; round++) {
+    for (let round = 0; round < 80; round++) {
       const bytes = Buffer.from(small);
       if (round % 2) bytes[next() % bytes.length] = next() & 0xff;
       const index = indexOf(small, 40_000, {
@@ -328,12 +330,12 @@ it('an index for another blob is refused at once', () => {
   expect(() => new GunzipReader({ name: 'blob x', next, index, cache })).toThrow(/blob x: it has/);
 });
 
-it('thousands of readers opened and closed in the middle of a span leave nothing', async () => {
+it('over a thousand readers opened and closed in the middle of a span leave nothing', async () => {
   const small = gzipSync(text.subarray(0, 600_000));
   const index = indexOf(small);
   const cache = new InflatedCache(4 << 20);
   const digest = createHash('sha256').update(text.subarray(0, 64)).digest('hex');
-  for (let i = 0; i < 2000; i++) {
+  for (let i = 0; i < 1500; i++) {
     const { reader } = open(small, index, cache);
     readers.pop();
     const got = await bytesAt(reader, 0, 64);

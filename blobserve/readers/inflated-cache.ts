@@ -11,12 +11,14 @@ import type { SpanDecoder } from '../layer/gzip/span-decoder.js';
 export const DEFAULT_INFLATED_BYTES = 64 * 1024 * 1024;
 /** Bytes of compressed spans being fetched or inflated at once, over all readers. */
 const COMPRESSED_AT_ONCE = 64 * 1024 * 1024;
+/** The semaphore counts in these, because the work of a release is in proportion to its free units. */
+const COMPRESSED_UNIT = 256 * 1024;
 /** Libuv has four threads for the whole process; two are left to the disk. */
 const INFLATIONS_AT_ONCE = 2;
 
 export class InflatedCache {
   readonly #entries: LRUCache<string, Buffer | SpanDecoder>;
-  readonly #compressed = new Semaphore(COMPRESSED_AT_ONCE);
+  readonly #compressed = new Semaphore(COMPRESSED_AT_ONCE / COMPRESSED_UNIT);
   /** Runs an inflation when one of the threads for it is free. */
   readonly inflating: LimitFunction = pLimit(INFLATIONS_AT_ONCE);
   #readers = 0;
@@ -69,7 +71,8 @@ export class InflatedCache {
 
   /** Runs `work` when there is room for so many more compressed bytes. */
   async withCompressed<T>(bytes: number, work: () => Promise<T>): Promise<T> {
-    return this.#compressed.runExclusive(work, Math.min(Math.max(1, bytes), COMPRESSED_AT_ONCE));
+    const units = Math.ceil(Math.min(Math.max(1, bytes), COMPRESSED_AT_ONCE) / COMPRESSED_UNIT);
+    return this.#compressed.runExclusive(work, units);
   }
 
   /** Forgets everything of a reader. */

@@ -1,4 +1,4 @@
-import { execFileSync } from 'node:child_process';
+import { execFileSync, spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { constants, deflateRawSync, gzipSync } from 'node:zlib';
 import { describe, expect, it } from 'vitest';
@@ -47,11 +47,21 @@ function fingerprint({ points, spanDigests, diffId, blobDigest }: Indexed): stri
 
 const text = mixture(1_000_000, 3);
 
+/** Blocks compressed in parallel and joined by empty ones, where the program is installed. */
+const pigzBlobs: [string, Buffer][] =
+  spawnSync('pigz', ['--version']).status === 0
+    ? [
+        ['pigz', execFileSync('pigz', ['-p2', '-b128'], { input: text, maxBuffer: 1 << 24 })],
+        ['pigz -i', execFileSync('pigz', ['-ip2', '-b128'], { input: text, maxBuffer: 1 << 24 })],
+      ]
+    : [];
+
 describe('the index', () => {
   const blobs = new Map<string, Buffer>([
     ['gzip -1', execFileSync('gzip', ['-1'], { input: text, maxBuffer: 1 << 24 })],
     ['gzip -9', execFileSync('gzip', ['-9'], { input: text, maxBuffer: 1 << 24 })],
     ['stored blocks', gzipSync(text, { level: 0 })],
+    ...pigzBlobs,
     [
       'members with optional fields',
       Buffer.concat([
