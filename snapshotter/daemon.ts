@@ -21,6 +21,7 @@ import { LayerAttachments } from './layer-attachments.js';
 import { LayerFinder } from './layer-finder.js';
 import { Mounter } from './mounter.js';
 import { kernelOverlayOptions } from './overlay.js';
+import { PluginName } from './plugin-name.js';
 import { snapshotsImplementation } from './service.js';
 import { Snapshotter } from './snapshotter.js';
 import { listen } from './socket.js';
@@ -61,7 +62,10 @@ export class Daemon {
     const { attachments, snapshotter } = await this.#open();
     await snapshotter.recover();
     const server = new grpc.Server({ 'grpc.max_receive_message_length': MESSAGE_MAX });
-    server.addService(snapshotsService, snapshotsImplementation(snapshotter, this.#log));
+    server.addService(
+      snapshotsService,
+      snapshotsImplementation(snapshotter, new PluginName(this.#layout.root), this.#log),
+    );
     await listen(server, configuration.address);
     this.#server = server;
     this.#log.info({ version: VERSION, address: configuration.address, root: this.#layout.root }, 'ready');

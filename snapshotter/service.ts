@@ -9,6 +9,7 @@ import { snapshots } from '../proto/messages.js';
 import { CallError } from '../proto/unary-call.js';
 import { FilterError, parseFilters } from './filter.js';
 import { LabelError } from './layer-reference.js';
+import type { PluginName } from './plugin-name.js';
 import type { Snapshotter } from './snapshotter.js';
 
 const KINDS = {
@@ -61,16 +62,20 @@ function toServiceError(error: unknown): Partial<grpc.StatusObject> {
 
 export function snapshotsImplementation(
   snapshotter: Snapshotter,
+  plugin: PluginName,
   log: Logger,
 ): grpc.UntypedServiceImplementation {
   /** A unary method: what it returns is the answer, what it throws is the status. */
-  function unary<Request, Response>(
+  function unary<Request extends { snapshotter: string }, Response>(
     name: string,
     handle: (request: Request) => Response | Promise<Response>,
   ): grpc.handleUnaryCall<Request, Response> {
     return (call, callback) => {
       const startedAt = performance.now();
-      void (async () => handle(call.request))().then(
+      void (async () => {
+        plugin.check(call.request.snapshotter);
+        return handle(call.request);
+      })().then(
         (response) => {
           log.debug({ call: name, ms: Math.round(performance.now() - startedAt) }, 'answered');
           callback(null, response);
@@ -121,6 +126,7 @@ export function snapshotsImplementation(
       >,
     ) => {
       const send = async (): Promise<void> => {
+        plugin.check(call.request.snapshotter);
         const matches = parseFilters(call.request.filters);
         let batch: snapshots.Info.$Properties[] = [];
         const flush = async (): Promise<void> => {
@@ -150,7 +156,7 @@ export function snapshotsImplementation(
       );
     }) as grpc.UntypedHandleCall,
     usage: unary('Usage', (request: snapshots.UsageRequest) => snapshotter.usage(request.key)),
-    cleanup: unary('Cleanup', async () => {
+    cleanup: unary('Cleanup', async (_request: snapshots.CleanupRequest) => {
       await snapshotter.cleanup();
       return {};
     }),

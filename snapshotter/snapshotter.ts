@@ -126,7 +126,7 @@ export class Snapshotter {
   /** Deletes what removed snapshots, failed calls and crashes have left. Resolves when nothing of it is left to do. */
   async cleanup(): Promise<void> {
     await this.settled();
-    await this.#deleteDirectories(await this.#orphanDirectories());
+    await this.#deleteDirectories(await this.#setAside(await this.#orphanDirectories()));
     for (const { id } of this.#options.layers.orphans()) await this.#attachments.release(id);
   }
 
@@ -144,8 +144,9 @@ export class Snapshotter {
   async recover(): Promise<void> {
     await mkdir(this.#options.layout.snapshots, { recursive: true, mode: 0o700 });
     await mkdir(this.#options.layout.layers, { recursive: true, mode: 0o700 });
-    // Named now, deleted behind the first calls: it may be the remains of a large unpack.
-    const orphans = await this.#orphanDirectories();
+    // Set aside before the first call, since a directory whose row was never committed has a number that may be given
+    // again; deleted behind the first calls, since it may be the remains of a large unpack.
+    const orphans = await this.#setAside(await this.#orphanDirectories());
     this.#inBackground(this.#deleteDirectories(orphans), 'deleting what the last run left');
   }
 
@@ -230,14 +231,7 @@ export class Snapshotter {
   }
 
   async #deleteDirectory(id: number): Promise<void> {
-    const removed = path.join(this.#options.layout.snapshots, `${REMOVED}${id}-${randomUUID()}`);
-    try {
-      await rename(this.#directory(id), removed);
-    } catch (error) {
-      if ((error as NodeJS.ErrnoException).code === 'ENOENT') return; // a layer's snapshot has none
-      throw error;
-    }
-    await rm(removed, { recursive: true, force: true });
+    await this.#deleteDirectories(await this.#setAside([this.#directory(id)]));
   }
 
   async #orphanDirectories(): Promise<string[]> {
@@ -249,6 +243,22 @@ export class Snapshotter {
       orphans.push(path.join(snapshots, name));
     }
     return orphans;
+  }
+
+  /** Renames them to what is never a snapshot's directory. */
+  async #setAside(directories: readonly string[]): Promise<string[]> {
+    const aside: string[] = [];
+    for (const directory of directories) {
+      const target = path.join(this.#options.layout.snapshots, `${REMOVED}${randomUUID()}`);
+      try {
+        await rename(directory, target);
+        aside.push(target);
+      } catch (error) {
+        // Gone already; or a layer's snapshot, which has no directory of its own.
+        if ((error as NodeJS.ErrnoException).code !== 'ENOENT') throw error;
+      }
+    }
+    return aside;
   }
 
   async #deleteDirectories(directories: readonly string[]): Promise<void> {

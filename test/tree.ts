@@ -57,7 +57,7 @@ export function readTree(root: string, options: { contents?: boolean } = {}): Tr
     }
   }
   paths.sort();
-  const first = new Map<bigint, string>();
+  const first = new Map<string, string>();
   const tree = new Map<string, TreeEntry>();
   for (const path of paths) {
     const full = under(root, path);
@@ -75,7 +75,7 @@ export function readTree(root: string, options: { contents?: boolean } = {}): Tr
               : stat.isSocket()
                 ? 'socket'
                 : 'file';
-    if (!first.has(stat.ino)) first.set(stat.ino, path);
+    if (!first.has(`${stat.dev}:${stat.ino}`)) first.set(`${stat.dev}:${stat.ino}`, path);
     tree.set(path, {
       type,
       mode: Number(stat.mode & 0o7777n),
@@ -87,7 +87,7 @@ export function readTree(root: string, options: { contents?: boolean } = {}): Tr
       size: type === 'directory' ? 0 : Number(stat.size),
       target: type === 'symlink' ? readlinkSync(full, { encoding: 'buffer' }).toString('latin1') : '',
       sha256: type === 'file' && options.contents !== false ? digestOf(full) : '',
-      sameAs: first.get(stat.ino) ?? path,
+      sameAs: first.get(`${stat.dev}:${stat.ino}`) ?? path,
       xattrs: xattrsOf(full),
     });
   }
