@@ -49,3 +49,18 @@ export function fsckErofs(image: string): void {
 export function dumpErofs(image: string): string {
   return run('dump.erofs', [image]);
 }
+
+/** The reference's index of a tar.gz: the tarindex, and the gzip checkpoints as a zinfo. */
+export function referenceGzipIndex(layer: string, index: string, zinfo: string): void {
+  run('mkfs.erofs', [
+    '--quiet',
+    '-d0',
+    '--tar=i',
+    '--aufs',
+    '--mkfs-time',
+    '-T0',
+    `--gzinfo=${zinfo}`,
+    index,
+    layer,
+  ]);
+}

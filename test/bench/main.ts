@@ -2,9 +2,15 @@
  * `npm run bench -- NAME [ARGUMENT...]`: runs one benchmark. Each is a file beside this one, entered in the list below; it
  * prints a table, and one line of JSON at the end.
  */
+import { gunzip } from './gunzip.js';
+import { index } from './index.js';
 import { serve } from './serve.js';
 
-const BENCHMARKS: Record<string, ((arguments_: string[]) => Promise<void>) | undefined> = { serve };
+const BENCHMARKS: Record<string, ((arguments_: string[]) => Promise<void>) | undefined> = {
+  gunzip,
+  index,
+  serve,
+};
 
 const [, , name = '', ...rest] = process.argv;
 const benchmark = Object.hasOwn(BENCHMARKS, name) ? BENCHMARKS[name] : undefined;

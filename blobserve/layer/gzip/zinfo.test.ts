@@ -1,4 +1,3 @@
-import { execFileSync } from 'node:child_process';
 import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
@@ -206,57 +205,3 @@ describe('the container', () => {
     );
   });
 });
-
-/** A mkfs.erofs that knows --gzinfo; Debian 13 has it, Debian 12 does not. */
-function mkfsWithGzinfo(): string[] | undefined {
-  const unpacked = process.env['EROFS_NBD_MKFS_ROOT'];
-  const loader = unpacked && path.join(unpacked, 'usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2');
-  if (unpacked && loader && existsSync(loader)) {
-    const libraries = ['usr/lib/x86_64-linux-gnu', 'lib/x86_64-linux-gnu'].map((d) => path.join(unpacked, d));
-    return [loader, '--library-path', libraries.join(':'), path.join(unpacked, 'usr/bin/mkfs.erofs')];
-  }
-  try {
-    const help = execFileSync('mkfs.erofs', ['--help'], { encoding: 'utf8', stdio: 'pipe' });
-    return help.includes('--gzinfo') ? ['mkfs.erofs'] : undefined;
-  } catch {
-    return undefined;
-  }
-}
-
-const mkfs = mkfsWithGzinfo();
-
-it.skipIf(mkfs === undefined)(
-  'equals the index of mkfs.erofs --gzinfo, and either is read by us',
-  async () => {
-    const [program = '', ...prefix] = mkfs ?? [];
-    const tree = path.join(directory, 'tree');
-    execFileSync('mkdir', [tree]);
-    for (let i = 0; i < 6; i++)
-      writeFileSync(path.join(tree, `f${i}`), mixture(5_000_000 - i * 1003, 50 + i));
-    const tar = path.join(directory, 'layer.tar');
-    execFileSync('tar', ['-cf', tar, '-C', tree, '.']);
-    const whole = readFileSync(tar);
-    const third = Math.floor(whole.length / 3);
-    const blobs = [
-      execFileSync('gzip', ['-6nc', tar], { maxBuffer: 1 << 28 }),
-      Buffer.concat([gzipSync(whole.subarray(0, third)), gzipSync(whole.subarray(third), { level: 1 })]),
-    ];
-    for (const bytes of blobs) {
-      const layer = path.join(directory, 'layer.tar.gz');
-      writeFileSync(layer, bytes);
-      const zinfo = path.join(directory, 'layer.zinfo');
-      const image = path.join(directory, 'image.erofs');
-      execFileSync(program, [...prefix, '--quiet', '-d0', '--tar=i', `--gzinfo=${zinfo}`, image, layer]);
-      const ours = await indexInto(path.join(directory, 'ours.zwin'), bytes);
-      const theirs = await ZinfoIndex.open(bytesSource(readFileSync(zinfo)), ours.table.sizes);
-      expect(theirs.table).toEqual(ours.table);
-      for (let i = 0; i < ours.table.count; i++) {
-        // A member starts without a window: what they store there is not defined.
-        const window = await ours.window(i);
-        const stored = await theirs.window(i);
-        expect(stored.subarray(stored.length - window.length).equals(window)).toBe(true);
-      }
-      await ours.close();
-    }
-  },
-);

@@ -1,0 +1,47 @@
+/** Indexes one layer as blobserve does, in a thread of its own: zinfo container, tarindex and all digests. */
+import { closeSync, openSync, readSync, writeSync } from 'node:fs';
+import { parentPort, workerData } from 'node:worker_threads';
+import { z } from 'zod';
+import { buildTarIndex } from '../../blobserve/layer/erofs/tarindex.js';
+import { GzipIndexer } from '../../blobserve/layer/gzip/indexer.js';
+import { packWindow, type PackedWindow, ZwinWriter } from '../../blobserve/layer/gzip/zwin.js';
+import { TarScanner } from '../../blobserve/layer/tar/scanner.js';
+import { LayerTreeBuilder } from '../../blobserve/layer/tar/tree-builder.js';
+
+const CHUNK = 1024 * 1024;
+
+const { layer, index, container } = z
+  .object({ layer: z.string(), index: z.string(), container: z.string() })
+  .parse(workerData);
+
+const start = performance.now();
+const tree = new LayerTreeBuilder();
+const scanner = new TarScanner((entry) => tree.add(entry));
+const writer = await ZwinWriter.create(container);
+let ready: { in: number; out: number; bits: number; window: PackedWindow }[] = [];
+const indexer = new GzipIndexer({
+  maxUncompressedBytes: Number.MAX_SAFE_INTEGER,
+  onCheckpoint: (point) => ready.push({ ...point, window: packWindow(point.window) }),
+  onData: (chunk) => scanner.write(chunk),
+});
+const input = openSync(layer, 'r');
+const chunk = Buffer.allocUnsafeSlow(CHUNK);
+for (;;) {
+  const length = readSync(input, chunk, 0, CHUNK, null);
+  if (length === 0) break;
+  indexer.write(chunk.subarray(0, length));
+  for (const point of ready) await writer.add(point, point.window);
+  ready = [];
+}
+closeSync(input);
+const summary = indexer.finish();
+indexer.close();
+await writer.finish(summary);
+const output = openSync(index, 'w');
+for (const bytes of buildTarIndex(tree.finish(), scanner.end().size).chunks()) writeSync(output, bytes);
+closeSync(output);
+parentPort?.postMessage({
+  milliseconds: performance.now() - start,
+  uncompressed: summary.sizes.uncompressed,
+  diffId: summary.diffId,
+});
