@@ -20,6 +20,7 @@ import { LayerLookup } from './layer-lookup.js';
 import { LayerServer } from './layer-server.js';
 import { DockerConfig } from './registry/docker-config.js';
 import { RegistryClient } from './registry/registry-client.js';
+import { TRANSPORT_DEFAULTS } from './registry/transport.js';
 
 interface CommandLine {
   config?: string;
@@ -54,12 +55,14 @@ async function openBackend(
   });
 }
 
-function openRegistryClient({ registry }: Configuration, log: Logger): RegistryClient {
+function openRegistryClient({ registry, fetch }: Configuration, log: Logger): RegistryClient {
   return new RegistryClient({
     insecureHosts: registry.insecure,
     connectTimeoutMs: registry.connect_timeout,
     headersTimeoutMs: registry.response_timeout,
     bodyTimeoutMs: registry.stall_timeout,
+    // A try may not outlast the deadline of the read it is for.
+    requestTimeoutMs: Math.min(TRANSPORT_DEFAULTS.requestTimeoutMs, fetch.read_deadline),
     connectionsPerHost: registry.max_connections_per_host,
     userAgent: `erofs-nbd/${VERSION}`,
     credentials: new DockerConfig(registry.docker_config, { onProblem: (problem) => log.warn(problem) }),

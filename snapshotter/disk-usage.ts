@@ -37,9 +37,11 @@ export async function diskUsage(directory: string): Promise<Usage> {
     let entries;
     try {
       // Names are bytes: decoded as UTF-8, one that is not could not be found again. (Node's types lack this encoding.)
-      entries = await opendir(current, {
-        encoding: 'buffer' as BufferEncoding,
-      });
+      const options = { encoding: 'buffer' } as unknown as { encoding: BufferEncoding };
+      entries = (await opendir(current, options)) as unknown as AsyncIterable<{
+        name: Buffer;
+        isDirectory(): boolean;
+      }>;
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code === 'ENOENT') continue;
       throw error;

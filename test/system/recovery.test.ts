@@ -56,6 +56,20 @@ describe('when a daemon is killed', () => {
 
   const inWitness = async (id: string, ...command: string[]): Promise<string> =>
     String((await containerd.ctr('task', 'exec', '--exec-id', id, 'witness', ...command)).stdout);
+  /** containerd fails calls at once while its connection is down, and tries again after up to three seconds. */
+  const containerdIsBack = (): Promise<unknown> =>
+    expect
+      .poll(
+        () =>
+          containerd.ctr('snapshots', '--snapshotter', 'erofs-nbd', 'ls').then(
+            () => true,
+            () => false,
+          ),
+        {
+          timeout: 30_000,
+        },
+      )
+      .toBe(true);
   const servingPid = async (): Promise<number> => (await snapshotter.hello())?.pid ?? 0;
   const run = async (name: string): Promise<string> =>
     String(
@@ -76,6 +90,7 @@ describe('when a daemon is killed', () => {
     await snapshotter.kill();
     expect(await inWitness('a', 'cat', '/etc/motd')).toBe(TINY_GREETING.trimEnd());
     snapshotter = await stack.startSnapshotter();
+    await containerdIsBack();
     expect(await run('after-a')).toBe(TINY_GREETING.trimEnd());
     expect(await servingPid()).toBe(before);
   });
@@ -101,6 +116,7 @@ describe('when a daemon is killed', () => {
     const reading = readDevice(first?.path ?? '');
     snapshotter = await stack.startSnapshotter();
     expect(`sha256:${await reading}`).toBe(first?.layerDigest);
+    await containerdIsBack();
     expect(await inWitness('c', 'cat', '/etc/motd')).toBe(TINY_GREETING.trimEnd());
     expect(await run('after-c')).toBe(TINY_GREETING.trimEnd());
     await expectDevicesWhole();
@@ -113,6 +129,7 @@ describe('when a daemon is killed', () => {
     await snapshotter.kill();
     process.kill(before, 'SIGKILL');
     snapshotter = await stack.startSnapshotter();
+    await containerdIsBack();
     expect(await run('after-d')).toBe(TINY_GREETING.trimEnd());
     await expectDevicesWhole();
   });
