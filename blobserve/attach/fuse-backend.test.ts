@@ -431,6 +431,17 @@ describe.skipIf(reason !== undefined)('the fuse backend', () => {
       .toMatch(/the FUSE file system has been unmounted/);
   });
 
+  test('a connection that was mounted before anybody served it is a fresh one: unknown names are unknown at once', async () => {
+    const mounting = mountFuse(descriptor, mountPoint);
+    await expect.poll(mounts).toEqual([mountPoint]);
+    const server = await startServer();
+    await mounting;
+    const place = file('mounted first', content('mounted first', 4096));
+    await expect(stat(path.join(mountPoint, 'layer-1'))).rejects.toMatchObject({ code: 'ENOENT' });
+    await attach(server, 1, place);
+    expect((await stat(path.join(mountPoint, 'layer-1'))).size).toBe(4096);
+  });
+
   test('what mount and umount say is passed on', async () => {
     await expect(mountFuse(descriptor, path.join(work, 'absent'))).rejects.toThrow(AttachError);
     await expect(mountFuse(descriptor, path.join(work, 'absent'))).rejects.toThrow(/does not exist/);

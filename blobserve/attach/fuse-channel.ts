@@ -20,11 +20,6 @@ const { EAGAIN, ECONNABORTED, EINTR, EINVAL, ENODEV, ENOENT, EPERM } = constants
 
 /** How long requests are taken before others in this process get their turn. */
 const TURN_MS = 4;
-/**
- * How often an empty queue is looked at again before going to sleep. The reader that was just answered mostly asks for
- * more within microseconds, and waking up from sleep costs several times what these looks cost (some 15 µs).
- */
-const LOOKS = 20;
 
 export interface FuseChannelHandlers {
   /** `bytes` is one request; the memory is used again after the call. */
@@ -118,15 +113,13 @@ export class FuseChannel {
   /** Takes requests until there are none or the turn is over; the watch rings again for those that are left. */
   #turn(): void {
     const end = performance.now() + TURN_MS;
-    let looks = 0;
     while (!this.#closed) {
       const length = readSome(this.descriptor, this.#request);
       if (length > 0) {
-        looks = 0;
         this.handlers.onRequest(this.#request.subarray(0, length));
         if (performance.now() >= end) return;
       } else if (length === -EAGAIN) {
-        if (++looks > LOOKS) return;
+        return;
       } else if (length !== -EINTR && length !== -ENOENT) {
         // EINTR, ENOENT: the request was taken back while it was copied.
         this.#failed(-length);

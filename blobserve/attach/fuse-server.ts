@@ -88,9 +88,6 @@ interface Awaited {
 export class FuseServer {
   /** Resolves when the file system has been unmounted, or the connection was lost with that error. Never rejects. */
   readonly ended: Promise<FuseChannelError | undefined>;
-  /** True when a process before this one has served the connection. */
-  readonly adopted: boolean;
-
   readonly #channel: FuseChannel;
   readonly #memory: ReplyMemory;
   readonly #attachTimeoutMs: number;
@@ -100,6 +97,7 @@ export class FuseServer {
   readonly #awaited = new Map<number, Awaited>();
   /** Layers that were waited for in vain, or taken away: nobody waits for them again. */
   readonly #givenUp = new Set<number>();
+  #adopted: boolean;
   #resolveEnded: (error: FuseChannelError | undefined) => void = () => undefined;
 
   /**
@@ -119,12 +117,17 @@ export class FuseServer {
       onRequest: (bytes) => this.#received(bytes),
       onEnd: (error) => this.#end(error),
     });
-    this.adopted = this.#channel.earlier !== 'fresh';
+    this.#adopted = this.#channel.earlier !== 'fresh';
     if (this.#channel.earlier === 'lost') {
       this.#log.error(
         'this kernel (before 6.9) cannot repeat the reads that the process before this one left unanswered: their readers hang until they are killed',
       );
     }
+  }
+
+  /** True when a process before this one has served the connection, as far as is known. */
+  get adopted(): boolean {
+    return this.#adopted;
   }
 
   /** True when the file system is unmounted or the connection lost; a new one is needed then. */
@@ -261,6 +264,8 @@ export class FuseServer {
   }
 
   #init(request: FuseRequest & { kind: 'init' }): void {
+    // Comes first and once: whoever held the connection before us has not served it.
+    this.#adopted = false;
     if (request.major < FUSE_MAJOR) {
       this.#log.error({ major: request.major }, 'the kernel speaks a FUSE protocol before version 7');
       return this.#refuse(request, FuseErrno.EPROTO);
@@ -351,7 +356,7 @@ export class FuseServer {
   #fileOf(request: FuseRequest, layerId: number): FuseFile | undefined {
     const file = this.#files.get(layerId);
     if (file !== undefined) return file;
-    if (!this.adopted || this.#givenUp.has(layerId) || layerId < 1) {
+    if (!this.#adopted || this.#givenUp.has(layerId) || layerId < 1) {
       this.#refuse(request, request.kind === 'lookup' ? FuseErrno.ENOENT : FuseErrno.EIO);
       return undefined;
     }
