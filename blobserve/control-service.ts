@@ -6,6 +6,7 @@ import type { Logger } from '../daemon/log.js';
 import { VERSION } from '../daemon/version.js';
 import { control } from '../proto/messages.js';
 import { LayerRefusedError } from './data-path.js';
+import { NotIndexableError } from './layer-indexer.js';
 import type { LayerServer } from './layer-server.js';
 import { ReadError, type ReadErrorKind } from './readers/blob-reader.js';
 import { RegistryError, type RegistryFailure } from './registry/registry-error.js';
@@ -43,7 +44,8 @@ const MESSAGE_MAX = 2000;
 function statusOf(error: unknown): grpc.status {
   if (error instanceof ReadError) return CODES[error.kind];
   if (error instanceof RegistryError) return CODES[error.kind];
-  if (error instanceof LayerRefusedError) return grpc.status.FAILED_PRECONDITION;
+  if (error instanceof LayerRefusedError || error instanceof NotIndexableError)
+    return grpc.status.FAILED_PRECONDITION;
   if (error instanceof RangeError) return grpc.status.INVALID_ARGUMENT;
   return grpc.status.INTERNAL;
 }

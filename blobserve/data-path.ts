@@ -1,18 +1,30 @@
 /**
  * The stack of readers of a layer, on one screen:
  *
- *     native layer   registry-range → retry → cache → readahead → device
+ *     native layer   registry-range → retry → cache                          → readahead → device
+ *     tar.gz layer   registry-range → retry → cache → gunzip ─┐
+ *                                            file(tarindex) ──┴→ concat      → readahead → device
+ *     tar layer      the same without gunzip
  */
+import { mkdir } from 'node:fs/promises';
 import type { Configuration } from '../daemon/configuration.js';
 import type { Logger } from '../daemon/log.js';
 import { control } from '../proto/messages.js';
+import type { LayerIndexer } from './layer-indexer.js';
 import { ErofsFormatError, parseSuperBlock, SUPER_BLOCK_READ } from './layer/erofs/super-block.js';
+import { ZwinIndex } from './layer/gzip/zwin.js';
+import type { LayerIndexRecord } from './layer/index/layer-index.js';
 import type { BlobReader } from './readers/blob-reader.js';
 import { BufferPool } from './readers/buffer-pool.js';
 import { CacheReader } from './readers/cache.js';
+import { ConcatReader } from './readers/concat.js';
+import { FileReader } from './readers/file.js';
+import { GunzipReader } from './readers/gunzip.js';
+import { InflatedCache } from './readers/inflated-cache.js';
 import { ReadaheadReader } from './readers/readahead.js';
 import { RegistryRangeReader } from './readers/registry-range.js';
 import { RetryReader } from './readers/retry.js';
+import { ZerosReader } from './readers/zeros.js';
 import { parseReference } from './registry/reference.js';
 import type { RegistryClient } from './registry/registry-client.js';
 
@@ -28,6 +40,14 @@ export interface LayerPath {
   close(): Promise<void>;
 }
 
+/** A blob's compressed bytes, kept as they are fetched. */
+interface CachedBlob {
+  readonly cache: CacheReader;
+  readonly range: RegistryRangeReader;
+}
+
+type Source = control.LayerSource.$Properties;
+
 /** Devices are made of sectors. */
 const SECTOR = 512;
 
@@ -35,6 +55,7 @@ export interface LayerPathsOptions {
   readonly configuration: Pick<Configuration, 'fetch' | 'cache'>;
   readonly cacheDirectory: string;
   readonly client: RegistryClient;
+  readonly indexer: LayerIndexer;
   readonly log: Logger;
 }
 
@@ -42,30 +63,54 @@ export class LayerPaths {
   readonly #options: LayerPathsOptions;
   /** The memory that fetched bytes of all layers pass through. */
   readonly #buffers: BufferPool;
+  readonly #inflated: InflatedCache;
 
   constructor(options: LayerPathsOptions) {
     this.#options = options;
     this.#buffers = new BufferPool(options.configuration.fetch.max_in_flight);
+    this.#inflated = new InflatedCache(options.configuration.cache.inflated);
   }
 
   /**
    * @param checked the layer was mounted before, so its super block need not be read again
    * @throws {ReadError} the blob cannot be read
-   * @throws {LayerRefusedError} it is no layer that can be served, and why
+   * @throws {LayerRefusedError | NotIndexableError} it is no layer that can be served, and why
    * @throws {ImageReferenceError | RangeError} the source makes no sense
    */
-  async open(source: control.LayerSource.$Properties, checked: boolean): Promise<LayerPath> {
+  async open(source: Source, checked: boolean): Promise<LayerPath> {
+    if (source.kind === control.LayerKind.EROFS) return this.#openNative(source, checked);
+    if (source.kind === control.LayerKind.TAR || source.kind === control.LayerKind.TAR_GZIP) {
+      return this.#openClassic(source);
+    }
+    throw new LayerRefusedError(
+      `layer ${source.layerDigest ?? ''}: ${source.mediaType ?? 'its type'} is not served lazily`,
+    );
+  }
+
+  /** Makes the index of a tar or tar.gz layer, unless this node has it. */
+  index(source: Source): Promise<LayerIndexRecord> {
+    const { layerDigest: digest = '', size = 0, diffId = '' } = source;
+    return this.#options.indexer.ensure({
+      digest: digest ?? '',
+      size: size ?? 0,
+      diffId: diffId ?? '',
+      open: async () => {
+        const { cache } = await this.#openBlob(source);
+        return { reader: this.#readahead(cache), forget: () => cache.forget() };
+      },
+    });
+  }
+
+  async #openNative(source: Source, checked: boolean): Promise<LayerPath> {
     const digest = source.layerDigest ?? '';
     const size = source.size ?? 0;
-    if (source.kind !== control.LayerKind.EROFS) {
-      throw new LayerRefusedError(`layer ${digest}: ${source.mediaType ?? 'unknown'} is not served lazily`);
-    }
     if (size === 0 || size % SECTOR !== 0) {
       throw new LayerRefusedError(
         `layer ${digest}: ${size} bytes are no EROFS image: its size is a multiple of its block size`,
       );
     }
-    const path = await this.#stack(source.imageRef ?? '', digest, size);
+    const blob = await this.#openBlob(source);
+    const path = this.#path(blob, blob.cache);
     try {
       if (!checked) await checkSuperBlock(path.reader, digest);
       return path;
@@ -75,38 +120,72 @@ export class LayerPaths {
     }
   }
 
-  async #stack(imageRef: string, digest: string, size: number): Promise<LayerPath> {
-    const { configuration, cacheDirectory, client, log } = this.#options;
-    const { fetch, cache: cacheSettings } = configuration;
-    const layerLog = log.child({ layer: digest, image: imageRef });
+  async #openClassic(source: Source): Promise<LayerPath> {
+    const name = `layer ${source.layerDigest ?? ''}`;
+    const record = await this.index(source);
+    const files = this.#options.indexer.files(record.digest);
+    const opened: { close(): Promise<void> }[] = [];
+    try {
+      const blob = await this.#openBlob(source);
+      opened.push(blob.cache);
+      let tar: BlobReader = blob.cache;
+      if (record.compression === 'gzip') {
+        const sizes = { compressed: record.blobSize, uncompressed: record.tarSize };
+        const index = await ZwinIndex.open(files.checkpoints, sizes);
+        opened.push(index);
+        tar = new GunzipReader({ name, next: blob.cache, index, cache: this.#inflated });
+        opened.splice(0, opened.length, tar);
+      }
+      const tarindex = await FileReader.open({ path: files.tarindex, size: record.tarindexSize });
+      const padding = record.deviceSize - record.tarindexSize - record.tarSize;
+      const parts = [tarindex, tar, ...(padding > 0 ? [new ZerosReader(padding)] : [])];
+      return this.#path(blob, new ConcatReader(name, parts));
+    } catch (error) {
+      for (const one of opened) await one.close();
+      throw error;
+    }
+  }
 
-    const range = new RegistryRangeReader({ client, reference: parseReference(imageRef), digest, size });
+  #path(blob: CachedBlob, device: BlobReader): LayerPath {
+    const reader = this.#readahead(device);
+    return {
+      reader,
+      statistics: () => ({
+        cachedBytes: blob.cache.statistics.cachedBytes,
+        fetchedBytes: blob.range.traffic.bytes,
+        requests: blob.range.traffic.requests,
+      }),
+      close: () => reader.close(),
+    };
+  }
+
+  #readahead(next: BlobReader): ReadaheadReader {
+    const { cache, fetch } = this.#options.configuration;
+    return new ReadaheadReader(next, { minWindowBytes: cache.span_size, maxWindowBytes: fetch.readahead });
+  }
+
+  async #openBlob(source: Source): Promise<CachedBlob> {
+    const { configuration, cacheDirectory, client, log } = this.#options;
+    const digest = source.layerDigest ?? '';
+    const imageRef = source.imageRef ?? '';
+    const layerLog = log.child({ layer: digest, image: imageRef });
+    const reference = parseReference(imageRef);
+    const range = new RegistryRangeReader({ client, reference, digest, size: source.size ?? 0 });
     const retry = new RetryReader(range, {
-      readDeadlineMs: fetch.read_deadline,
+      readDeadlineMs: configuration.fetch.read_deadline,
       onRetry: ({ tries, waitMs, error }) =>
         layerLog.warn({ tries, waitMs, reason: error.message }, 'trying again'),
     });
+    await mkdir(cacheDirectory, { recursive: true, mode: 0o700 });
     const cache = await CacheReader.open(retry, {
       dir: cacheDirectory,
       digest,
-      spanSize: cacheSettings.span_size,
-      maxRangeBytes: fetch.max_range,
+      spanSize: configuration.cache.span_size,
+      maxRangeBytes: configuration.fetch.max_range,
       buffers: this.#buffers,
       log: layerLog,
     });
-    const readahead = new ReadaheadReader(cache, {
-      minWindowBytes: cacheSettings.span_size,
-      maxWindowBytes: fetch.readahead,
-    });
-    return {
-      reader: readahead,
-      statistics: () => ({
-        cachedBytes: cache.statistics.cachedBytes,
-        fetchedBytes: range.traffic.bytes,
-        requests: range.traffic.requests,
-      }),
-      close: () => readahead.close(),
-    };
+    return { cache, range };
   }
 }
 

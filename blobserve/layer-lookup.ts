@@ -1,14 +1,14 @@
 /**
- * What a layer is, by its image's manifest.
+ * What the layers of an image are, by its manifest and its configuration.
  */
 import { LRUCache } from 'lru-cache';
+import { z } from 'zod';
 import { control } from '../proto/messages.js';
-import type { ImageManifest } from './registry/manifest.js';
 import { classifyLayer, type LayerKind } from './registry/media-type.js';
 import { machinePlatform, parsePlatform } from './registry/platform.js';
 import { formatReference, parseReference, registryHost, type Reference } from './registry/reference.js';
 import type { RegistryClient } from './registry/registry-client.js';
-import { RegistryError } from './registry/registry-error.js';
+import { parseJson, RegistryError } from './registry/registry-error.js';
 
 const KINDS: Readonly<Record<LayerKind, control.LayerKind>> = {
   erofs: control.LayerKind.EROFS,
@@ -17,67 +17,113 @@ const KINDS: Readonly<Record<LayerKind, control.LayerKind>> = {
   other: control.LayerKind.OTHER,
 };
 
-/** Manifests kept: the layers of one image are asked for one after the other. */
-const MANIFESTS_MAX = 64;
+/** Images kept: the layers of one are asked for one after the other. */
+const IMAGES_MAX = 64;
+/** Longest image configuration, in bytes: the limit containerd has for it too. */
+const CONFIGURATION_MAX = 8 * 2 ** 20;
+
+/** The part of an image configuration that says what its layers unpack to (OCI image-spec, config.md). */
+const configuration = z.object({
+  rootfs: z.object({ diff_ids: z.array(z.string().regex(/^sha256:[0-9a-f]{64}$/)).max(4096) }),
+});
+
+type Source = control.LayerSource.$Properties;
 
 export class LayerLookup {
   readonly #client: RegistryClient;
   /** By reference with digest; a manifest never changes. Failures are not kept. */
-  readonly #manifests = new LRUCache<string, Promise<{ digest: string; manifest: ImageManifest }>>({
-    max: MANIFESTS_MAX,
-  });
+  readonly #images = new LRUCache<string, Promise<readonly Source[]>>({ max: IMAGES_MAX });
 
   constructor(client: RegistryClient) {
     this.#client = client;
   }
 
   /**
-   * Completes a source that names image and layer with media type, size, kind and manifest digest.
+   * Completes a source that names image and layer with media type, size, kind, manifest digest and diff ID.
    *
    * @param platform "os/architecture[/variant]", empty for this machine's; only where the reference leads to an index
-   * @throws {RegistryError} the manifest cannot be had, or does not have the layer
+   * @throws {RegistryError} the manifest cannot be had, does not have the layer, or contradicts the source
    * @throws {ImageReferenceError | RangeError} reference or platform do not parse
    */
-  async describe(
-    source: control.LayerSource.$Properties,
-    platform: string,
-  ): Promise<control.LayerSource.$Properties> {
+  async describe(source: Source, platform: string): Promise<Source> {
+    const layers = await this.layers(source, platform);
+    const layer = layers.find(({ layerDigest }) => layerDigest === source.layerDigest);
+    const reference = parseReference(source.imageRef ?? '');
+    const about = {
+      kind: 'missing',
+      host: registryHost(reference),
+      repository: reference.repository,
+      object: `manifest ${layers[0]?.manifestDigest ?? source.manifestDigest ?? ''}`,
+    } as const;
+    if (layer === undefined)
+      throw new RegistryError(`the manifest has no layer ${source.layerDigest ?? ''}`, about);
+    const diffId = source.diffId ?? '';
+    if (diffId !== '' && layer.diffId !== '' && layer.diffId !== diffId) {
+      throw new RegistryError(
+        `layer ${source.layerDigest ?? ''} unpacks to ${layer.diffId ?? ''} by the image's configuration, the client says ${diffId}`,
+        { ...about, kind: 'invalid' },
+      );
+    }
+    return layer.diffId === '' ? { ...layer, diffId } : layer;
+  }
+
+  /** All layers of the image, the lowest first. */
+  async layers(source: Source, platform: string): Promise<readonly Source[]> {
     const tagged = parseReference(source.imageRef ?? '');
     const manifestDigest = source.manifestDigest ?? '';
     const reference = manifestDigest === '' ? tagged : { ...tagged, digest: manifestDigest };
-    const layerDigest = source.layerDigest ?? '';
-    const { digest, manifest } = await this.#manifest(reference, platform);
-    const layer = manifest.layers.find((descriptor) => descriptor.digest === layerDigest);
-    if (layer === undefined) {
-      throw new RegistryError(`the manifest has no layer ${layerDigest}`, {
-        kind: 'missing',
-        host: registryHost(reference),
-        repository: reference.repository,
-        object: `manifest ${digest}`,
-      });
-    }
-    return {
-      ...source,
-      manifestDigest: digest,
-      mediaType: layer.mediaType,
-      size: layer.size,
-      kind: KINDS[classifyLayer(layer.mediaType)],
-    };
+    // A tag may move, so only what a digest names is kept.
+    if (reference.digest === undefined) return this.#lookUp(reference, source.imageRef ?? '', platform);
+    const key = `${formatReference(reference)} ${platform}`;
+    const known = this.#images.get(key);
+    if (known !== undefined) return known;
+    const lookup = this.#lookUp(reference, source.imageRef ?? '', platform);
+    this.#images.set(key, lookup);
+    lookup.catch(() => this.#images.delete(key));
+    return lookup;
   }
 
-  async #manifest(
-    reference: Reference,
-    platform: string,
-  ): Promise<{ digest: string; manifest: ImageManifest }> {
+  async #lookUp(reference: Reference, imageRef: string, platform: string): Promise<readonly Source[]> {
     const wanted = platform === '' ? machinePlatform() : parsePlatform(platform);
-    // A tag may move, so only what a digest names is kept.
-    if (reference.digest === undefined) return this.#client.resolve(reference, wanted);
-    const key = `${formatReference(reference)} ${platform}`;
-    const known = this.#manifests.get(key);
-    if (known !== undefined) return known;
-    const fetching = this.#client.resolve(reference, wanted);
-    this.#manifests.set(key, fetching);
-    fetching.catch(() => this.#manifests.delete(key));
-    return fetching;
+    const { digest, manifest } = await this.#client.resolve(reference, wanted);
+    const kinds = manifest.layers.map(({ mediaType }) => KINDS[classifyLayer(mediaType)]);
+    // Native layers are their own diff ID; the others are checked against what the image says of them.
+    const classic = kinds.some(
+      (kind) => kind === control.LayerKind.TAR || kind === control.LayerKind.TAR_GZIP,
+    );
+    const diffIds = classic ? await this.#diffIds(reference, manifest.config, manifest.layers.length) : [];
+    return manifest.layers.map((layer, index) => ({
+      imageRef,
+      manifestDigest: digest,
+      layerDigest: layer.digest,
+      mediaType: layer.mediaType,
+      size: layer.size,
+      kind: kinds[index] ?? control.LayerKind.OTHER,
+      diffId: diffIds[index] ?? '',
+    }));
+  }
+
+  async #diffIds(
+    reference: Reference,
+    config: { readonly digest: string; readonly size: number },
+    count: number,
+  ): Promise<readonly string[]> {
+    const body = await this.#client.fetchBlob(reference, config.digest, CONFIGURATION_MAX);
+    const parsed = configuration.safeParse(parseJson(body.toString('utf8')));
+    const diffIds = parsed.data?.rootfs.diff_ids;
+    if (diffIds === undefined || diffIds.length !== count) {
+      throw new RegistryError(
+        diffIds === undefined
+          ? 'the image configuration does not list the digests of its layers (rootfs.diff_ids)'
+          : `the image configuration lists ${diffIds.length} layers, the manifest ${count}`,
+        {
+          kind: 'invalid',
+          host: registryHost(reference),
+          repository: reference.repository,
+          object: `configuration ${config.digest}`,
+        },
+      );
+    }
+    return diffIds;
   }
 }

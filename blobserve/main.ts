@@ -10,12 +10,14 @@ import { loadConfiguration, type Configuration } from '../daemon/configuration.j
 import { layout as layoutOf } from '../daemon/layout.js';
 import { createLogger, type Logger } from '../daemon/log.js';
 import { VERSION } from '../daemon/version.js';
+import { control } from '../proto/messages.js';
 import { controlService } from '../proto/service.js';
 import type { AttachBackend } from './attach/backend.js';
 import { FuseBackend } from './attach/fuse-backend.js';
 import { NbdBackend } from './attach/nbd-backend.js';
 import { controlImplementation } from './control-service.js';
 import { LayerPaths } from './data-path.js';
+import { LayerIndexer } from './layer-indexer.js';
 import { LayerLookup } from './layer-lookup.js';
 import { LayerServer } from './layer-server.js';
 import { DockerConfig } from './registry/docker-config.js';
@@ -69,6 +71,9 @@ function openRegistryClient({ registry, fetch }: Configuration, log: Logger): Re
   });
 }
 
+const isClassic = (kind: control.LayerKind | null | undefined): boolean =>
+  kind === control.LayerKind.TAR || kind === control.LayerKind.TAR_GZIP;
+
 async function main(): Promise<void> {
   const options = new Command('blobserve')
     .description("erofs-nbd's data plane; started by erofs-nbd-snapshotter")
@@ -91,13 +96,34 @@ async function main(): Promise<void> {
   const backend = await openBackend(options, configuration, fuseMountPoint, log);
   const client = openRegistryClient(configuration, log);
   const lookup = new LayerLookup(client);
-  const paths = new LayerPaths({ configuration, cacheDirectory: layout.cache, client, log });
-  const server = new LayerServer({
-    backend,
-    openLayer: (source, checked) => paths.open(source, checked),
+  const { index } = configuration;
+  const indexer = new LayerIndexer({
+    directory: layout.index,
+    workers: index.workers,
+    spanSize: index.span_size,
+    maxUncompressedBytes: index.max_uncompressed,
     log,
   });
-  const control = new grpc.Server({ 'grpc.max_receive_message_length': 4 * 2 ** 20 });
+  const paths = new LayerPaths({ configuration, cacheDirectory: layout.cache, client, indexer, log });
+  /** The layers of an image are indexed side by side: whoever wants one will want the others next. */
+  const indexSiblings = async (source: control.LayerSource.$Properties): Promise<void> => {
+    const layers = await lookup.layers(source, '');
+    const from = layers.findIndex(({ layerDigest }) => layerDigest === source.layerDigest);
+    const classic = layers.slice(from + 1).filter(({ kind }) => isClassic(kind));
+    await Promise.all(classic.map((layer) => paths.index(layer)));
+  };
+  const server = new LayerServer({
+    backend,
+    openLayer: (source, checked) => {
+      if (!checked && isClassic(source.kind)) {
+        // Whoever attaches those layers is told what went wrong with them.
+        indexSiblings(source).catch((error: unknown) => log.debug({ err: error }, 'not indexed ahead'));
+      }
+      return paths.open(source, checked);
+    },
+    log,
+  });
+  const controlServer = new grpc.Server({ 'grpc.max_receive_message_length': 4 * 2 ** 20 });
 
   let stopping = false;
   const stop = (reason: string): void => {
@@ -107,7 +133,7 @@ async function main(): Promise<void> {
     // A thread may be waiting in a read of /dev/fuse, so that leaving takes process.reallyExit's way: a signal.
     const leave = (): void => process.kill(process.pid, 'SIGKILL') as unknown as void;
     setTimeout(leave, STOP_TIMEOUT).unref();
-    control.forceShutdown();
+    controlServer.forceShutdown();
     server
       .close()
       .then(() => client.close())
@@ -115,7 +141,7 @@ async function main(): Promise<void> {
       .finally(leave);
   };
 
-  control.addService(
+  controlServer.addService(
     controlService,
     controlImplementation({
       server,
@@ -131,8 +157,10 @@ async function main(): Promise<void> {
   );
   await rm(layout.controlSocket, { force: true });
   await new Promise<void>((resolve, reject) => {
-    control.bindAsync(`unix:${layout.controlSocket}`, grpc.ServerCredentials.createInsecure(), (error) =>
-      error === null ? resolve() : reject(error),
+    controlServer.bindAsync(
+      `unix:${layout.controlSocket}`,
+      grpc.ServerCredentials.createInsecure(),
+      (error) => (error === null ? resolve() : reject(error)),
     );
   });
   process.on('SIGTERM', () => stop('SIGTERM'));

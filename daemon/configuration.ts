@@ -75,8 +75,17 @@ const schema = z.strictObject({
       max_in_flight: size('32MiB', '1MiB', '4GiB'),
     })
     .prefault({}),
+  index: z
+    .strictObject({
+      build: z.boolean().default(true),
+      workers: z.int().min(1).max(64).default(2),
+      span_size: size('4MiB', '64KiB', '64MiB'),
+      max_uncompressed: size('64GiB', '1MiB', '8TiB'),
+    })
+    .prefault({}),
   cache: z
     .strictObject({
+      inflated: size('64MiB', '1MiB', '64GiB'),
       span_size: size('256KiB', '4KiB', '16MiB').refine(powerOfTwo, 'expected a power of two'),
     })
     .prefault({}),

@@ -11,6 +11,8 @@ export interface Layout {
   readonly layers: string;
   /** Blobs, as far as they have been fetched, by digest. */
   readonly cache: string;
+  /** Indexes of tar and tar.gz layers, by digest of the blob. */
+  readonly index: string;
   /** Where the FUSE file system with one file per layer is mounted. */
   readonly fuse: string;
   /** Blobserve's control socket. */
@@ -26,6 +28,7 @@ export function layout(root: string): Layout {
     snapshots: below('snapshots'),
     layers: below('layers'),
     cache: below('cache'),
+    index: below('index'),
     fuse: below('fuse'),
     controlSocket: below('blobserve.sock'),
     fuseKeeper: below('fuse-keeper.json'),

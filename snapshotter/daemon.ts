@@ -122,7 +122,12 @@ export class Daemon {
       log: this.#log,
     });
     const overlayOptions = [...(await kernelOverlayOptions()), ...configuration.mount.overlay_options];
-    const finder = new LayerFinder({ dataPlane, onError: configuration.on_error, log: this.#log });
+    const finder = new LayerFinder({
+      dataPlane,
+      onError: configuration.on_error,
+      indexClassic: configuration.index.build,
+      log: this.#log,
+    });
     const snapshotter = new Snapshotter({
       layout: this.#layout,
       snapshots,

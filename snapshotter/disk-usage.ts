@@ -38,10 +38,7 @@ export async function diskUsage(directory: string): Promise<Usage> {
     try {
       // Names are bytes: decoded as UTF-8, one that is not could not be found again. (Node's types lack this encoding.)
       const options = { encoding: 'buffer' } as unknown as { encoding: BufferEncoding };
-      entries = (await opendir(current, options)) as unknown as AsyncIterable<{
-        name: Buffer;
-        isDirectory(): boolean;
-      }>;
+      entries = await opendir(current, options);
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code === 'ENOENT') continue;
       throw error;

@@ -13,6 +13,8 @@ export interface LayerFinderOptions {
   readonly dataPlane: () => Promise<{ readonly client: BlobServeClient }>;
   /** What to do about a layer that should be served lazily and cannot be: say so, or let containerd unpack it. */
   readonly onError: 'fail' | 'unpack';
+  /** Whether tar and tar.gz layers are indexed and served lazily. */
+  readonly indexClassic: boolean;
   readonly log: Logger;
 }
 
@@ -52,10 +54,11 @@ export class LayerFinder {
     if (source === null || source === undefined) {
       throw new CallError(`layer ${layerDigest}: empty description`, grpc.status.INTERNAL);
     }
-    if (source.kind !== control.LayerKind.EROFS) {
+    const kind = this.#servable(source.kind);
+    if (kind === undefined) {
       log.info(
         { key, layer: layerDigest, image: imageRef, mediaType: source.mediaType },
-        'not a native EROFS layer: containerd unpacks it',
+        'a layer of this type is not served lazily: containerd unpacks it',
       );
       return undefined;
     }
@@ -65,8 +68,15 @@ export class LayerFinder {
       manifestDigest: source.manifestDigest ?? manifestDigest,
       mediaType: source.mediaType ?? '',
       size: source.size ?? 0,
-      kind: 'erofs',
-      diffId,
+      kind,
+      diffId: source.diffId ?? diffId,
     };
+  }
+
+  #servable(kind: control.LayerKind | null | undefined): LayerInput['kind'] | undefined {
+    if (kind === control.LayerKind.EROFS) return 'erofs';
+    if (!this.#options.indexClassic) return undefined;
+    if (kind === control.LayerKind.TAR) return 'tar';
+    return kind === control.LayerKind.TAR_GZIP ? 'tar_gzip' : undefined;
   }
 }

@@ -6,11 +6,13 @@ import { createHash, randomUUID } from 'node:crypto';
 import { renameSync } from 'node:fs';
 import { chmod, mkdir, readdir, rename, rm, stat } from 'node:fs/promises';
 import path from 'node:path';
+import { status } from '@grpc/grpc-js';
 import type { Layout } from '../daemon/layout.js';
 import type { Logger } from '../daemon/log.js';
 import { MetadataError } from '../metadata/errors.js';
 import type { LayerStore } from '../metadata/layers.js';
 import type { SnapshotInfo, SnapshotNode, SnapshotStore } from '../metadata/snapshots.js';
+import { CallError } from '../proto/unary-call.js';
 import { diskUsage, type Usage } from './disk-usage.js';
 import type { LayerAttachments } from './layer-attachments.js';
 import { KeyedLock } from './keyed-lock.js';
@@ -184,9 +186,16 @@ export class Snapshotter {
       if (layer === undefined) return false;
       // (chain ID, parent) is the identity: the same layer may be wanted on a parent from another kind of pull.
       const name = `erofs-nbd/${chainId}/${createHash('sha256').update(parent).digest('hex').slice(0, 16)}`;
-      await this.#attachments.attachFor(layer, (layerId) => {
-        this.#snapshots.createLayerSnapshot(name, parent, labels, layerId);
-      });
+      try {
+        await this.#attachments.attachFor(layer, (layerId) => {
+          this.#snapshots.createLayerSnapshot(name, parent, labels, layerId);
+        });
+      } catch (error) {
+        // A tar that we do not understand is containerd's to unpack; an EROFS image is nobody else's.
+        if (layer.kind === 'erofs' || !isRefusal(error)) throw error;
+        this.#log.warn({ key, layer: layer.digest, err: error }, 'not served lazily: containerd unpacks it');
+        return false;
+      }
       this.#log.info({ key, layer: layer.digest, image: layer.imageRef }, 'layer is served lazily');
       return true;
     });
@@ -264,4 +273,9 @@ export class Snapshotter {
   async #deleteDirectories(directories: readonly string[]): Promise<void> {
     for (const directory of directories) await rm(directory, { recursive: true, force: true });
   }
+}
+
+/** Whether the data plane says that the layer is not of a kind it can serve. */
+function isRefusal(error: unknown): boolean {
+  return error instanceof CallError && error.code === status.FAILED_PRECONDITION;
 }

@@ -1,0 +1,137 @@
+/**
+ * The index of a classic layer as it is kept on this node, below `<root>/index/<algorithm>/`:
+ *
+ *     <hex>.erofs   the tarindex: an EROFS image of metadata only, whose files' data is in the tar
+ *     <hex>.zwin    checkpoints into the gzip stream; absent for a plain tar
+ *     <hex>.json    what the two belong to; written last, so an index exists when this file does
+ */
+import { createHash } from 'node:crypto';
+import { createReadStream } from 'node:fs';
+import { mkdir, open, readFile, rename, rm } from 'node:fs/promises';
+import path from 'node:path';
+import { z } from 'zod';
+
+const DIGEST = /^sha256:[0-9a-f]{64}$/;
+/** Version of the record's format, and of what the files beside it are. */
+export const INDEX_FORMAT = 1;
+
+const schema = z.strictObject({
+  format: z.literal(INDEX_FORMAT),
+  /** Digest of the blob. */
+  digest: z.string().regex(DIGEST),
+  /** Digest of the uncompressed tar. */
+  diffId: z.string().regex(DIGEST),
+  compression: z.enum(['gzip', 'none']),
+  /** Bytes of the blob. */
+  blobSize: z.int().min(0),
+  /** Bytes of the tar. */
+  tarSize: z.int().min(0),
+  /** Bytes of the tarindex, a multiple of 512, and its digest. */
+  tarindexSize: z.int().min(512),
+  tarindexDigest: z.string().regex(DIGEST),
+  /** Bytes of the device: tarindex, tar, and zeros up to a whole block. */
+  deviceSize: z.int().min(512),
+});
+
+/** What the files belong to. Sizes in bytes. */
+export type LayerIndexRecord = z.output<typeof schema>;
+
+/** An index that cannot be used: damaged, or of another blob. It can be made again. */
+export class LayerIndexError extends Error {
+  override readonly name = 'LayerIndexError';
+}
+
+export interface LayerIndexFiles {
+  readonly tarindex: string;
+  readonly checkpoints: string;
+  readonly record: string;
+}
+
+/**
+ * @param directory `<root>/index`
+ * @param digest of the blob
+ */
+export function indexFiles(directory: string, digest: string): LayerIndexFiles {
+  if (!DIGEST.test(digest)) throw new LayerIndexError(`${JSON.stringify(digest)} is no digest`);
+  const base = path.join(directory, digest.replace(':', '/'));
+  return { tarindex: `${base}.erofs`, checkpoints: `${base}.zwin`, record: `${base}.json` };
+}
+
+async function sync(name: string): Promise<void> {
+  const handle = await open(name, 'r');
+  try {
+    await handle.sync();
+  } finally {
+    await handle.close();
+  }
+}
+
+/** Says that the other files are there and belong together. They are on disk before this is. */
+export async function writeIndexRecord(files: LayerIndexFiles, record: LayerIndexRecord): Promise<void> {
+  await sync(files.tarindex);
+  const temporary = `${files.record}.partial`;
+  const handle = await open(temporary, 'w', 0o600);
+  try {
+    await handle.writeFile(`${JSON.stringify(record, null, 1)}\n`);
+    await handle.sync();
+  } finally {
+    await handle.close();
+  }
+  await rename(temporary, files.record);
+  await sync(path.dirname(files.record));
+}
+
+/**
+ * The record of an index that is whole and belongs to this blob.
+ *
+ * @returns undefined when there is none
+ * @throws {LayerIndexError} naming file and reason
+ */
+export async function readIndexRecord(
+  files: LayerIndexFiles,
+  blob: { readonly digest: string; readonly size: number },
+): Promise<LayerIndexRecord | undefined> {
+  let text: string;
+  try {
+    text = await readFile(files.record, 'utf8');
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
+    throw error;
+  }
+  let document: unknown;
+  try {
+    document = JSON.parse(text);
+  } catch {
+    throw new LayerIndexError(`${files.record}: not JSON`);
+  }
+  const parsed = schema.safeParse(document);
+  if (!parsed.success) throw new LayerIndexError(`${files.record}: ${z.prettifyError(parsed.error)}`);
+  const record = parsed.data;
+  if (record.digest !== blob.digest || record.blobSize !== blob.size) {
+    throw new LayerIndexError(
+      `${files.record}: for blob ${record.digest} of ${record.blobSize} bytes, not ${blob.digest} of ${blob.size}`,
+    );
+  }
+  const hash = createHash('sha256');
+  let size = 0;
+  for await (const chunk of createReadStream(files.tarindex)) {
+    hash.update(chunk as Buffer);
+    size += (chunk as Buffer).length;
+  }
+  const digest = `sha256:${hash.digest('hex')}`;
+  if (size !== record.tarindexSize || digest !== record.tarindexDigest) {
+    throw new LayerIndexError(
+      `${files.tarindex}: ${size} bytes with ${digest}, recorded are ${record.tarindexSize} with ${record.tarindexDigest}`,
+    );
+  }
+  return record;
+}
+
+/** Makes room for a new index. */
+export async function clearIndex(files: LayerIndexFiles): Promise<void> {
+  await mkdir(path.dirname(files.record), { recursive: true, mode: 0o700 });
+  for (const file of [files.record, files.tarindex, files.checkpoints]) {
+    await rm(file, { force: true });
+    await rm(`${file}.partial`, { force: true });
+  }
+}

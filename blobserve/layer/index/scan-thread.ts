@@ -1,0 +1,49 @@
+/**
+ * The thread that scans one layer (layer-scan.ts): takes its bytes in order, answers each piece when it is done with it,
+ * and the end with the record of the index.
+ */
+import { parentPort, workerData } from 'node:worker_threads';
+import { GzipError } from '../gzip/gzip-error.js';
+import { TarError } from '../tar/tar-error.js';
+import type { LayerIndexRecord } from './layer-index.js';
+import { LayerScan, type LayerScanOptions } from './layer-scan.js';
+
+export type ScanRequest = { readonly chunk: Uint8Array } | { readonly end: true };
+
+export type ScanReply =
+  | { readonly taken: number }
+  | { readonly record: LayerIndexRecord }
+  /** `layer`: the layer's bytes are at fault; `local`: this machine is. */
+  | { readonly failed: 'layer' | 'local'; readonly message: string };
+
+if (parentPort === null) throw new Error('scan-thread.js is the program of a worker thread');
+const port = parentPort;
+const reply = (message: ScanReply): void => port.postMessage(message);
+
+const scan = await LayerScan.start(workerData as LayerScanOptions);
+
+async function take(request: ScanRequest): Promise<void> {
+  if ('end' in request) {
+    reply({ record: await scan.finish() });
+    return;
+  }
+  await scan.write(Buffer.from(request.chunk.buffer, request.chunk.byteOffset, request.chunk.byteLength));
+  reply({ taken: request.chunk.byteLength });
+}
+
+let turn: Promise<void> = Promise.resolve();
+let failed = false;
+port.on('message', (request: ScanRequest) => {
+  turn = turn.then(async () => {
+    if (failed) return;
+    try {
+      await take(request);
+    } catch (error) {
+      failed = true;
+      await scan.abandon();
+      const layer = error instanceof GzipError || error instanceof TarError || error instanceof RangeError;
+      const message = error instanceof Error ? error.message : String(error);
+      reply({ failed: layer ? 'layer' : 'local', message });
+    }
+  });
+});
