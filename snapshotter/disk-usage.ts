@@ -11,6 +11,18 @@ export interface Usage {
   readonly inodes: number;
 }
 
+/** A directory entry whose name is bytes: decoded as UTF-8, one that is not could not be found again. */
+interface RawEntry {
+  readonly name: Buffer;
+  isDirectory(): boolean;
+}
+
+/** Node takes this encoding and gives buffers; its types do not say so. */
+const openRaw = opendir as unknown as (
+  directory: Buffer,
+  options?: { encoding: 'buffer' },
+) => Promise<AsyncIterable<RawEntry>>;
+
 /** Files that vanish meanwhile (a container is running in it) are left out. */
 export async function diskUsage(directory: string): Promise<Usage> {
   let size = 0;
@@ -34,11 +46,9 @@ export async function diskUsage(directory: string): Promise<Usage> {
   const pending = [start];
   await count(start);
   for (let current = pending.pop(); current !== undefined; current = pending.pop()) {
-    let entries;
+    let entries: AsyncIterable<RawEntry>;
     try {
-      // Names are bytes: decoded as UTF-8, one that is not could not be found again. (Node's types lack this encoding.)
-      const options = { encoding: 'buffer' } as unknown as { encoding: BufferEncoding };
-      entries = await opendir(current, options);
+      entries = await openRaw(current, { encoding: 'buffer' });
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code === 'ENOENT') continue;
       throw error;
