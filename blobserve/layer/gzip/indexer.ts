@@ -15,6 +15,7 @@ import { InflateError, type RawInflater, WINDOW_SIZE } from '../../linux/zlib.js
 import { DEFAULT_SPAN_SIZE } from './checkpoints.js';
 import { GzipError } from './gzip-error.js';
 import { checkTrailer, FIRST_BYTE, GzipHeader, TRAILER_SIZE } from './header.js';
+import type { Digest } from './hash-thread.js';
 import { openRawInflater } from './raw-inflater.js';
 
 /** Output in one piece: fits a core's cache, so that the hash finds it there. */
@@ -47,6 +48,8 @@ export interface IndexerOptions {
   readonly onData?: (chunk: Buffer) => void;
   /** Who inflates; the indexer closes it. Default: zlib. */
   readonly inflater?: RawInflater;
+  /** Makes the SHA-256 of blob and diff ID: a hash thread's `sha256` uses a second core. Default: node:crypto. */
+  readonly sha256?: () => Digest;
 }
 
 export interface IndexSummary {
@@ -71,8 +74,8 @@ export class GzipIndexer {
   readonly #inflater: RawInflater;
   readonly #output = Buffer.from(new ArrayBuffer(OUTPUT_SIZE));
   readonly #window = Buffer.from(new ArrayBuffer(WINDOW_SIZE));
-  readonly #blobHash = createHash('sha256');
-  readonly #diffHash = createHash('sha256');
+  readonly #blobHash: Digest;
+  readonly #diffHash: Digest;
   readonly #spanDigests: Buffer[] = [];
   #spanHash: Hash | undefined;
   #state: State = 'header';
@@ -96,6 +99,9 @@ export class GzipIndexer {
     if (!Number.isSafeInteger(this.#spanSize) || this.#spanSize < WINDOW_SIZE) {
       throw new RangeError(`a span of ${this.#spanSize} bytes is less than a window`);
     }
+    const sha256 = options.sha256 ?? ((): Digest => createHash('sha256'));
+    this.#blobHash = sha256();
+    this.#diffHash = sha256();
     this.#inflater = options.inflater ?? openRawInflater();
   }
 
@@ -143,8 +149,8 @@ export class GzipIndexer {
       members: this.#members,
       checkpoints: this.#spanDigests.length,
       spanDigests: Buffer.concat(this.#spanDigests),
-      blobDigest: `sha256:${this.#blobHash.digest('hex')}`,
-      diffId: `sha256:${this.#diffHash.digest('hex')}`,
+      blobDigest: `sha256:${this.#blobHash.digest().toString('hex')}`,
+      diffId: `sha256:${this.#diffHash.digest().toString('hex')}`,
     };
   }
 

@@ -1,0 +1,46 @@
+/**
+ * The memory that an indexing thread shares with its hashing thread: a ring of slots, each with bytes for one of several
+ * SHA-256 computations. Both sides wait with Atomics, so the indexing thread needs no event loop to hand bytes on.
+ *
+ *     i32 slots written | i32 slots done | for each slot: i32 stream, i32 length (-1: end the stream) | the slots' bytes
+ *
+ * Counts run on modulo 2^32. When a stream ends, its digest is put in the slot that said so.
+ */
+export const SLOTS = 16;
+export const SLOT_SIZE = 256 * 1024;
+export const DIGEST_SIZE = 32;
+/** In place of a length: the stream is complete. */
+export const END = -1;
+/** In place of a stream's number: the thread is to end. */
+export const QUIT = -1;
+
+const CONTROL_INTS = 2 + 2 * SLOTS;
+
+export class HashRing {
+  static readonly bytes = CONTROL_INTS * 4 + SLOTS * SLOT_SIZE;
+  static readonly WRITTEN = 0;
+  static readonly DONE = 1;
+  readonly control: Int32Array;
+  readonly #data: Buffer;
+
+  constructor(memory: SharedArrayBuffer) {
+    this.control = new Int32Array(memory, 0, CONTROL_INTS);
+    this.#data = Buffer.from(memory, CONTROL_INTS * 4, SLOTS * SLOT_SIZE);
+  }
+
+  slot(count: number): Buffer {
+    const at = ((count >>> 0) % SLOTS) * SLOT_SIZE;
+    return this.#data.subarray(at, at + SLOT_SIZE);
+  }
+
+  describe(count: number, stream: number, length: number): void {
+    const at = 2 + 2 * ((count >>> 0) % SLOTS);
+    this.control[at] = stream;
+    this.control[at + 1] = length;
+  }
+
+  description(count: number): { stream: number; length: number } {
+    const at = 2 + 2 * ((count >>> 0) % SLOTS);
+    return { stream: this.control[at] ?? QUIT, length: this.control[at + 1] ?? END };
+  }
+}
