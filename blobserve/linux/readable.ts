@@ -38,8 +38,8 @@ function openLibUv(): LibUv {
     );
   }
   const node = koffi.load(null);
-  koffi.proto('void uv_poll_cb_t(void *handle, int status, int events)');
-  koffi.proto('void uv_close_cb_t(void *handle)');
+  const pollCallback = koffi.pointer(koffi.proto(null, 'void', ['void *', 'int', 'int']));
+  const closeCallback = koffi.pointer(koffi.proto(null, 'void', ['void *']));
   const defaultLoop = node.func('void *uv_default_loop()') as () => unknown;
   const handleSize = node.func('size_t uv_handle_size(int type)') as (type: number) => number;
   const onPoll = (handle: bigint, status: number) => watches.get(handle)?.ring(status);
@@ -52,10 +52,10 @@ function openLibUv(): LibUv {
     loop: defaultLoop(),
     handleSize: Number(handleSize(UV_POLL)),
     init: node.func('int uv_poll_init(void *loop, void *handle, int fd)') as LibUv['init'],
-    start: node.func('int uv_poll_start(void *handle, int events, uv_poll_cb_t *callback)') as LibUv['start'],
-    close: node.func('void uv_close(void *handle, uv_close_cb_t *callback)') as LibUv['close'],
-    onPoll: koffi.register(onPoll, 'uv_poll_cb_t *'),
-    onClose: koffi.register(onClose, 'uv_close_cb_t *'),
+    start: node.func('uv_poll_start', 'int', ['void *', 'int', pollCallback]) as LibUv['start'],
+    close: node.func('uv_close', 'void', ['void *', closeCallback]) as LibUv['close'],
+    onPoll: koffi.register(onPoll, pollCallback),
+    onClose: koffi.register(onClose, closeCallback),
   };
 }
 
