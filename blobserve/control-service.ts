@@ -5,9 +5,11 @@ import * as grpc from '@grpc/grpc-js';
 import type { Logger } from '../daemon/log.js';
 import { VERSION } from '../daemon/version.js';
 import { control } from '../proto/messages.js';
+import { ANSWERED } from '../proto/unary-call.js';
 import { LayerRefusedError } from './data-path.js';
 import { NotIndexableError } from './layer-indexer.js';
 import type { LayerServer } from './layer-server.js';
+import { ImageReferenceError } from './registry/reference.js';
 import { ReadError, type ReadErrorKind } from './readers/blob-reader.js';
 import { RegistryError, type RegistryFailure } from './registry/registry-error.js';
 
@@ -46,7 +48,8 @@ function statusOf(error: unknown): grpc.status {
   if (error instanceof RegistryError) return CODES[error.kind];
   if (error instanceof LayerRefusedError || error instanceof NotIndexableError)
     return grpc.status.FAILED_PRECONDITION;
-  if (error instanceof RangeError) return grpc.status.INVALID_ARGUMENT;
+  if (error instanceof RangeError || error instanceof ImageReferenceError)
+    return grpc.status.INVALID_ARGUMENT;
   return grpc.status.INTERNAL;
 }
 
@@ -63,7 +66,9 @@ export function controlImplementation(options: ControlOptions): grpc.UntypedServ
         (error: unknown) => {
           log.warn({ call: name, err: error }, 'refused');
           const message = error instanceof Error ? error.message : String(error);
-          callback({ code: statusOf(error), details: message.slice(0, MESSAGE_MAX) });
+          const metadata = new grpc.Metadata();
+          metadata.set(ANSWERED, '1');
+          callback({ code: statusOf(error), details: message.slice(0, MESSAGE_MAX), metadata });
         },
       );
     };

@@ -17,6 +17,8 @@ export interface Layout {
   readonly fuse: string;
   /** Blobserve's control socket. */
   readonly controlSocket: string;
+  /** Which process is, or was last, started as blobserve. */
+  readonly blobserveProcess: string;
   /** Who holds the FUSE connection besides the daemons. */
   readonly fuseKeeper: string;
 }
@@ -31,6 +33,7 @@ export function layout(root: string): Layout {
     index: below('index'),
     fuse: below('fuse'),
     controlSocket: below('blobserve.sock'),
+    blobserveProcess: below('blobserve.json'),
     fuseKeeper: below('fuse-keeper.json'),
   };
 }

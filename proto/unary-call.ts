@@ -11,6 +11,9 @@ export interface UnaryMethod<RequestIn, Request, ResponseIn, Response> extends g
   readonly received?: [Request, Response];
 }
 
+/** Key of the metadata that tells a refusal of the service itself from a connection that broke. */
+export const ANSWERED = 'erofs-nbd-answered';
+
 /** A call that failed: what the other side said, UNAVAILABLE when nobody answered. */
 export class CallError extends Error {
   override readonly name = 'CallError';
@@ -18,6 +21,8 @@ export class CallError extends Error {
   constructor(
     message: string,
     readonly code: grpc.status,
+    /** The other side has looked at the request and refused it; known only of our own control API. */
+    readonly answered = false,
   ) {
     super(message);
   }
@@ -45,7 +50,8 @@ export function unaryCall<RequestIn, Request, ResponseIn, Response>(
       options,
       (error, value) => {
         if (error !== null) {
-          reject(new CallError(error.details === '' ? error.message : error.details, error.code));
+          const message = error.details === '' ? error.message : error.details;
+          reject(new CallError(message, error.code, error.metadata.get(ANSWERED).length > 0));
         } else if (value === undefined) {
           reject(new CallError(`${method.path}: empty answer`, grpc.status.INTERNAL));
         } else {

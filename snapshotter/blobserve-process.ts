@@ -7,10 +7,20 @@
 import { spawn, type ChildProcess } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
 import { setTimeout as sleep } from 'node:timers/promises';
+import * as grpc from '@grpc/grpc-js';
 import type { Logger } from '../daemon/log.js';
 import { control } from '../proto/messages.js';
+import { CallError } from '../proto/unary-call.js';
 import { BlobServeClient } from './blobserve-client.js';
-import { isRunning, processIdentity, type ProcessIdentity } from './process-identity.js';
+import {
+  isRunning,
+  processIdentity,
+  type ProcessIdentity,
+  readIdentity,
+  signalProcess,
+  waitForEnd,
+  writeIdentity,
+} from './process-identity.js';
 
 const PROGRAM = fileURLToPath(new URL('../blobserve/main.js', import.meta.url));
 
@@ -18,11 +28,26 @@ const PROGRAM = fileURLToPath(new URL('../blobserve/main.js', import.meta.url));
 const WATCH_INTERVAL = 250;
 /** Milliseconds a new process may take until it answers. Node alone takes over a second under emulation. */
 const START_TIMEOUT = 60_000;
+/** Milliseconds that a process found running gets to answer, before it counts as hung and another takes its place. */
+const SILENCE_TIMEOUT = 10_000;
+/** Milliseconds an orderly end may take; longer than blobserve gives itself. */
+const END_TIMEOUT = 7_000;
+/** How often a call is made when the process dies under it each time: it may be what kills it. */
+const CALL_ATTEMPTS = 3;
+/** What a connection that breaks looks like. */
+const BROKEN: ReadonlySet<grpc.status> = new Set([
+  grpc.status.UNAVAILABLE,
+  grpc.status.CANCELLED,
+  grpc.status.INTERNAL,
+  grpc.status.UNKNOWN,
+]);
 /** A process that lived so many milliseconds was not failing at start: the next pause is the first one again. */
 const STEADY_AFTER = 60_000;
 
 export interface BlobServeProcessOptions {
   readonly socket: string;
+  /** Where the process is written down, from the moment it is started. */
+  readonly record: string;
   readonly root: string;
   /** Arguments of the program, without those that depend on the backend. */
   readonly args: readonly string[];
@@ -43,6 +68,7 @@ export class BlobServeProcess {
   #failures = 0;
   #stopped = false;
   #onStarted: (() => Promise<void>) | undefined;
+  #onReleased: (() => void) | undefined;
   #ready: Promise<void> = Promise.resolve();
 
   constructor(options: BlobServeProcessOptions) {
@@ -71,21 +97,81 @@ export class BlobServeProcess {
   }
 
   /**
-   * Takes over the process that answers on the socket, or starts one.
+   * Makes a call; when the process dies under it, makes it again of the next one. Calls that the other side refuses fail
+   * as they are.
    *
-   * @returns whether it was there already
+   * @throws {CallError}
    */
-  async open(): Promise<'adopted' | 'started'> {
-    const hello = await this.#ask();
-    if (hello !== undefined && (await this.#adopt(hello))) return 'adopted';
-    await this.#start();
-    return 'started';
+  async call<T>(work: (client: BlobServeClient) => Promise<T>): Promise<T> {
+    for (let attempt = 1; ; attempt += 1) {
+      await this.#ready;
+      const asked = this.#identity;
+      try {
+        return await work(this.client);
+      } catch (error) {
+        if (!(error instanceof CallError) || error.answered || !BROKEN.has(error.code)) throw error;
+        if (this.#stopped || attempt >= CALL_ATTEMPTS || !(await this.#isGone(asked))) throw error;
+        this.#log.warn({ attempt, err: error }, 'the data plane went away under a call; asking the next one');
+      }
+    }
   }
 
-  /** Stops watching. The process goes on serving. */
+  /**
+   * Looks for a process that serves already. One that runs and does not answer, hung or still starting, is waited for, and
+   * ended when that takes too long: two may never serve one connection.
+   *
+   * @throws {Error} when it serves another root, or with another backend
+   */
+  async find(): Promise<control.HelloResponse | undefined> {
+    const recorded = await readIdentity(this.#options.record);
+    const deadline = Date.now() + SILENCE_TIMEOUT;
+    for (;;) {
+      const hello = await this.#ask();
+      if (hello !== undefined) {
+        this.#checkFound(hello);
+        return hello;
+      }
+      if (recorded === undefined || !(await isRunning(recorded))) return undefined;
+      if (Date.now() > deadline) break;
+      await sleep(50);
+    }
+    this.#log.error({ pid: recorded.pid }, 'the running data plane does not answer: replacing it');
+    await signalProcess(recorded, 'SIGKILL');
+    await waitForEnd(recorded, END_TIMEOUT);
+    return undefined;
+  }
+
+  /**
+   * Takes over the process that was found, or starts one.
+   *
+   * @param found what `find` returned
+   */
+  async open(found: control.HelloResponse | undefined): Promise<void> {
+    if (found === undefined || !(await this.#adopt(found))) await this.#start();
+  }
+
+  /** Ends a process that serves nothing that works any more. */
+  async end(pid: number): Promise<void> {
+    const identity = await processIdentity(pid);
+    this.#stopped = true;
+    if (identity === undefined) return;
+    await signalProcess(identity, 'SIGTERM');
+    if (await waitForEnd(identity, END_TIMEOUT)) return;
+    await signalProcess(identity, 'SIGKILL');
+    await waitForEnd(identity, END_TIMEOUT);
+  }
+
+  /** @param listener called once when the process is no longer looked after from here */
+  onReleased(listener: () => void): void {
+    this.#onReleased = listener;
+  }
+
+  /** Stops watching. The process goes on serving. Idempotent. */
   release(): void {
     this.#stopped = true;
     this.client.close();
+    this.#onReleased?.();
+    this.#onReleased = undefined;
   }
 
   /** Ends the process in order: it must have nothing attached, or `force`. */
@@ -93,8 +179,9 @@ export class BlobServeProcess {
     const { attached } = await this.client.shutdown(force);
     if (attached > 0) return attached;
     this.#stopped = true;
-    const identity = this.#identity;
-    while (identity !== undefined && (await isRunning(identity))) await sleep(20);
+    if (this.#identity !== undefined && !(await waitForEnd(this.#identity, END_TIMEOUT))) {
+      await signalProcess(this.#identity, 'SIGKILL');
+    }
     return 0;
   }
 
@@ -106,9 +193,7 @@ export class BlobServeProcess {
     }
   }
 
-  async #adopt(hello: control.HelloResponse): Promise<boolean> {
-    const identity = await processIdentity(hello.pid);
-    if (identity === undefined) return false;
+  #checkFound(hello: control.HelloResponse): void {
     if (hello.root !== this.#options.root) {
       throw new Error(
         `${this.#options.socket}: process ${hello.pid} serves the root ${hello.root}, not ${this.#options.root}`,
@@ -121,6 +206,11 @@ export class BlobServeProcess {
           'is wanted: remove what is attached first, or keep the setting',
       );
     }
+  }
+
+  async #adopt(hello: control.HelloResponse): Promise<boolean> {
+    const identity = await processIdentity(hello.pid);
+    if (identity === undefined) return false;
     this.#identity = identity;
     this.#startedAt = Date.now();
     this.#log.info({ pid: hello.pid, version: hello.version }, 'adopted the running data plane');
@@ -163,7 +253,11 @@ export class BlobServeProcess {
     );
     child.unref();
     this.#startedAt = Date.now();
-    const identity = await this.#untilAnswers(child);
+    const answering = this.#untilAnswers(child);
+    // Before it answers: were this process to die now, the next one has to find it all the same.
+    const started = child.pid === undefined ? undefined : await processIdentity(child.pid);
+    if (started !== undefined) await writeIdentity(this.#options.record, started);
+    const identity = await answering;
     this.#identity = identity;
     child.once('exit', (code, signal) => this.#died(identity, `exit ${signal ?? code}`));
     if (child.exitCode !== null || child.signalCode !== null) this.#died(identity, 'it ended at once');
@@ -194,6 +288,18 @@ export class BlobServeProcess {
       }
     };
     return Promise.race([answers(), failed]);
+  }
+
+  /** Waits for the process to be gone, and for that to be noticed; false when it is not going. */
+  async #isGone(asked: ProcessIdentity | undefined): Promise<boolean> {
+    if (asked === undefined) {
+      // It had died before the call was made.
+      await sleep(WATCH_INTERVAL);
+      return true;
+    }
+    if (!(await waitForEnd(asked, END_TIMEOUT))) return false;
+    while (this.#identity === asked && !this.#stopped) await sleep(20);
+    return true;
   }
 
   #died(identity: ProcessIdentity, how: string): void {

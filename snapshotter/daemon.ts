@@ -6,6 +6,7 @@
  * anything is attached.
  */
 import { mkdir } from 'node:fs/promises';
+import { setTimeout as sleep } from 'node:timers/promises';
 import * as grpc from '@grpc/grpc-js';
 import type { Configuration } from '../daemon/configuration.js';
 import { layout as layoutOf, type Layout } from '../daemon/layout.js';
@@ -34,7 +35,7 @@ export interface DaemonOptions {
 }
 
 /** Milliseconds that calls under way get to end before the daemon does. */
-const STOP_TIMEOUT = 10_000;
+const STOP_TIMEOUT = 5_000;
 /** containerd's own limit for messages is 16 MiB. */
 const MESSAGE_MAX = 16 * 2 ** 20;
 
@@ -77,13 +78,25 @@ export class Daemon {
   /** Ends this process's part. The data plane goes on when anything is attached. */
   async stop(): Promise<void> {
     await this.#stopServer();
-    await this.#snapshotter?.settled();
-    const dataPlane = await this.#dataPlane?.catch(() => undefined);
+    const settled = await Promise.race([
+      this.#settled().then((dataPlane) => ({ dataPlane })),
+      sleep(STOP_TIMEOUT, undefined, { ref: false }),
+    ]);
+    if (settled === undefined) {
+      this.#log.warn('work is still under way and is left as it is; the next start settles it');
+      return;
+    }
+    const { dataPlane } = settled;
     if (dataPlane !== undefined) {
       if (this.#layers?.devices().length === 0) await closeDataPlane(dataPlane, this.#layout, this.#log);
       dataPlane.release();
     }
     this.#close();
+  }
+
+  async #settled(): Promise<BlobServeProcess | undefined> {
+    await this.#snapshotter?.settled();
+    return this.#dataPlane?.catch(() => undefined);
   }
 
   /**
@@ -109,11 +122,7 @@ export class Daemon {
     const snapshots = new SnapshotStore(this.#database);
     const layers = new LayerStore(this.#database);
     this.#layers = layers;
-    const dataPlane = async (): Promise<BlobServeProcess> => {
-      const process = await this.#dataPlaneOf(attachments);
-      await process.ready();
-      return process;
-    };
+    const dataPlane = (): Promise<BlobServeProcess> => this.#dataPlaneOf(attachments);
     const attachments: LayerAttachments = new LayerAttachments({
       directory: this.#layout.layers,
       layers,

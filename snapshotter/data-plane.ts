@@ -3,12 +3,14 @@
  */
 import { mkdir } from 'node:fs/promises';
 import { mountFuse, openFuse, unmountFuse } from '../blobserve/attach/fuse-mount.js';
+import { takeDescriptor } from '../blobserve/linux/pidfd.js';
 import type { Configuration } from '../daemon/configuration.js';
 import type { Layout } from '../daemon/layout.js';
 import type { Logger } from '../daemon/log.js';
+import type { control } from '../proto/messages.js';
 import { chooseBackend } from './backend-choice.js';
 import { BlobServeProcess } from './blobserve-process.js';
-import { dropFuse, endKeeper, keepFuse, takeKeptFuse } from './fuse-keeper.js';
+import { dropFuse, endKeeper, isKept, keepFuse, takeKeptFuse } from './fuse-keeper.js';
 import { mountAt, mountTable } from './mount-table.js';
 import type { Mounter } from './mounter.js';
 
@@ -21,44 +23,111 @@ export interface DataPlaneOptions {
   readonly log: Logger;
 }
 
+/** Milliseconds between two looks at whether the keeper still runs. */
+const KEEPER_INTERVAL = 10_000;
+
 /**
  * @returns the process that serves layers, answering on its socket
- * @throws {Error} when no backend can be had or the process does not start
+ * @throws {Error} when no backend can be had or the process does not start; nothing new is left running then
  */
 export async function openDataPlane(options: DataPlaneOptions): Promise<BlobServeProcess> {
   const { configuration, layout, log } = options;
   const choice = await chooseBackend(configuration.attach);
   log.info({ backend: choice.backend, reason: choice.reason }, 'attach backend chosen');
-  const fuse = choice.backend === 'fuse' ? await openFuseConnection(options) : undefined;
-  const dataPlane = new BlobServeProcess({
-    socket: layout.controlSocket,
-    root: layout.root,
-    args: options.args,
-    backend: choice.backend,
-    backendReason: choice.reason,
-    fuseDescriptor: () => fuse?.descriptor ?? -1,
-    restartBackoffMaxMs: configuration.recovery.restart_backoff_max,
-    log,
-  });
-  await dataPlane.open();
+  let connection: FuseConnection | undefined;
+  const create = (): BlobServeProcess =>
+    new BlobServeProcess({
+      socket: layout.controlSocket,
+      record: layout.blobserveProcess,
+      root: layout.root,
+      args: options.args,
+      backend: choice.backend,
+      backendReason: choice.reason,
+      fuseDescriptor: () => connection?.descriptor ?? -1,
+      restartBackoffMaxMs: configuration.recovery.restart_backoff_max,
+      log,
+    });
+  let dataPlane = create();
+  try {
+    let found = await dataPlane.find();
+    if (choice.backend === 'fuse') {
+      if (found !== undefined && (await mountAt(layout.fuse)) === undefined) {
+        // Whoever started it died before mounting: no layer can have been mounted from it.
+        log.warn(
+          { pid: found.pid },
+          'the running data plane serves a connection that is not mounted: replacing it',
+        );
+        await dataPlane.end(found.pid);
+        dataPlane.release();
+        dataPlane = create();
+        found = undefined;
+      }
+      connection = await openFuseConnection(options, found);
+    }
+    await dataPlane.open(found);
+    if (connection !== undefined) await finishFuse(connection, dataPlane, options);
+    return dataPlane;
+  } catch (error) {
+    if (connection?.fresh === true) {
+      if (dataPlane.pid !== undefined) await dataPlane.end(dataPlane.pid);
+      await endKeeper(layout.fuseKeeper);
+    }
+    dataPlane.release();
+    if (connection !== undefined) dropFuse(connection.descriptor);
+    throw error;
+  }
+}
+
+interface FuseConnection {
+  readonly descriptor: number;
+  /** Opened just now and not mounted yet. */
+  readonly fresh: boolean;
+}
+
+/** Mounts a new connection, and sees to it that there is always a keeper. */
+async function finishFuse(
+  { descriptor, fresh }: FuseConnection,
+  dataPlane: BlobServeProcess,
+  { layout, log }: DataPlaneOptions,
+): Promise<void> {
   // Mounted with the server already reading: mount(8) may look at the new mount before it returns.
-  if (fuse?.fresh === true) await mountFuse(fuse.descriptor, layout.fuse);
-  return dataPlane;
+  if (fresh) await mountFuse(descriptor, layout.fuse);
+  const timer = setInterval(() => {
+    keepAgain(layout.fuseKeeper, descriptor, log).catch((error: unknown) =>
+      log.error({ err: error }, 'the FUSE connection has no keeper, and none can be started'),
+    );
+  }, KEEPER_INTERVAL);
+  timer.unref();
+  dataPlane.onReleased(() => clearInterval(timer));
+}
+
+async function keepAgain(file: string, descriptor: number, log: Logger): Promise<void> {
+  if (await isKept(file)) return;
+  log.warn('the keeper of the FUSE connection is gone: starting another');
+  await keepFuse(file, descriptor);
 }
 
 async function openFuseConnection(
   options: DataPlaneOptions,
-): Promise<{ descriptor: number; fresh: boolean }> {
+  running: control.HelloResponse | undefined,
+): Promise<FuseConnection> {
   const { layout, log } = options;
   await mkdir(layout.fuse, { recursive: true, mode: 0o700 }).catch((error: NodeJS.ErrnoException) => {
     // A dead FUSE mount answers ENOTCONN even to a look at its root; it is replaced below.
     if (error.code !== 'EEXIST' && error.code !== 'ENOTCONN') throw error;
   });
-  const kept = await takeKeptFuse(layout.fuseKeeper, log);
   const mounted = (await mountAt(layout.fuse)) !== undefined;
-  if (kept !== undefined && mounted) return { descriptor: kept, fresh: false };
-  if (kept !== undefined) dropFuse(kept);
-  if (mounted) await unmountDeadFuse(options);
+  if (mounted) {
+    const kept = await takeKeptFuse(layout.fuseKeeper, log);
+    if (kept !== undefined) return { descriptor: kept, fresh: false };
+    if (running !== undefined) {
+      // The keeper was ended by somebody; the process that serves holds the connection too.
+      const descriptor = takeDescriptor(running.pid, running.fuseDescriptor);
+      await keepAgain(layout.fuseKeeper, descriptor, log);
+      return { descriptor, fresh: false };
+    }
+    await unmountDeadFuse(options);
+  }
   const descriptor = openFuse();
   await keepFuse(layout.fuseKeeper, descriptor);
   return { descriptor, fresh: true };
@@ -87,5 +156,8 @@ export async function closeDataPlane(
   if ((await mountAt(layout.fuse)) !== undefined) await unmountFuse(layout.fuse);
   const attached = await dataPlane.shutdown(false);
   if (attached > 0) log.warn({ attached }, 'the data plane still serves devices and goes on');
-  else await endKeeper(layout.fuseKeeper);
+  else {
+    dataPlane.release();
+    await endKeeper(layout.fuseKeeper);
+  }
 }

@@ -7,40 +7,26 @@
  */
 import { spawn } from 'node:child_process';
 import { closeSync } from 'node:fs';
-import { readFile, rename, rm, writeFile } from 'node:fs/promises';
+import { rm } from 'node:fs/promises';
 import type { Logger } from '../daemon/log.js';
 import { takeDescriptor } from '../blobserve/linux/pidfd.js';
-import { isRunning, processIdentity, type ProcessIdentity } from './process-identity.js';
+import {
+  isRunning,
+  processIdentity,
+  readIdentity,
+  signalProcess,
+  writeIdentity,
+} from './process-identity.js';
 
 /** The descriptor's number in the keeper, and in blobserve. */
 export const FUSE_DESCRIPTOR = 3;
-
-async function readRecord(file: string): Promise<ProcessIdentity | undefined> {
-  let text: string;
-  try {
-    text = await readFile(file, 'utf8');
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
-    throw error;
-  }
-  try {
-    const record = JSON.parse(text) as Partial<ProcessIdentity> | null;
-    const { pid, startTicks } = record ?? {};
-    if (Number.isSafeInteger(pid) && Number.isSafeInteger(startTicks)) {
-      return { pid: pid as number, startTicks: startTicks as number };
-    }
-  } catch {
-    // Not JSON: as good as absent, the caller makes a new one.
-  }
-  return undefined;
-}
 
 /**
  * @param file where the keeper is written down
  * @returns a descriptor of the connection that a keeper holds, to be closed by the caller; undefined when there is none
  */
 export async function takeKeptFuse(file: string, log: Logger): Promise<number | undefined> {
-  const keeper = await readRecord(file);
+  const keeper = await readIdentity(file);
   if (keeper === undefined || !(await isRunning(keeper))) return undefined;
   try {
     return takeDescriptor(keeper.pid, FUSE_DESCRIPTOR);
@@ -67,14 +53,19 @@ export async function keepFuse(file: string, descriptor: number): Promise<void> 
   const identity = child.pid === undefined ? undefined : await processIdentity(child.pid);
   if (identity === undefined)
     throw new Error('the keeper of the FUSE connection (sleep infinity) ended at once');
-  await writeFile(`${file}.new`, `${JSON.stringify(identity)}\n`, { mode: 0o600 });
-  await rename(`${file}.new`, file);
+  await writeIdentity(file, identity);
+}
+
+/** Whether the keeper that was written down still runs. */
+export async function isKept(file: string): Promise<boolean> {
+  const keeper = await readIdentity(file);
+  return keeper !== undefined && isRunning(keeper);
 }
 
 /** Ends the keeper and forgets it. Idempotent. */
 export async function endKeeper(file: string): Promise<void> {
-  const keeper = await readRecord(file);
-  if (keeper !== undefined && (await isRunning(keeper))) process.kill(keeper.pid, 'SIGKILL');
+  const keeper = await readIdentity(file);
+  if (keeper !== undefined) await signalProcess(keeper, 'SIGKILL');
   await rm(file, { force: true });
 }
 

@@ -5,7 +5,7 @@
  * process has done when it dies, the rows name everything that can exist, and `ensure` settles what is really there.
  */
 import { randomUUID } from 'node:crypto';
-import { mkdir, readFile, rm } from 'node:fs/promises';
+import { mkdir, readdir, readFile, rmdir } from 'node:fs/promises';
 import path from 'node:path';
 import pLimit from 'p-limit';
 import type { Logger } from '../daemon/log.js';
@@ -30,8 +30,9 @@ const KINDS: Readonly<Record<LayerRow['kind'], control.LayerKind>> = {
 
 /** What serves layers, and how they reach the kernel there. */
 export interface DataPlane {
-  readonly client: BlobServeClient;
   readonly backend: 'nbd' | 'fuse';
+  /** Makes a call of the control API, and makes it again of the next process when this one dies under it. */
+  call<T>(work: (client: BlobServeClient) => Promise<T>): Promise<T>;
 }
 
 /** Layers settled at the same time after a start; each may wait for the registry. */
@@ -115,12 +116,33 @@ export class LayerAttachments {
    * @param eager also attaches layers that are not mounted (after a reboot), instead of on first use
    */
   async recover(eager: boolean): Promise<void> {
-    for (const { id } of this.#layers.orphans()) await this.#logged(id, this.release(id));
-    this.#bootId ??= readBootId();
-    const bootId = await this.#bootId;
+    // Readers may be waiting for a process that has just been started.
+    await (await this.#options.dataPlane()).call((client) => this.serveAgain(client));
+    const bootId = await this.#currentBoot();
     const limit = pLimit(RECOVERY_CONCURRENCY);
-    const wanted = this.#layers.devices().filter((device) => eager || device.bootId === bootId);
-    await Promise.all(wanted.map(({ layerId }) => limit(() => this.#logged(layerId, this.ensure(layerId)))));
+    const orphans = this.#layers.orphans();
+    const unused = new Set(orphans.map(({ id }) => id));
+    const wanted = this.#layers
+      .devices()
+      .filter((device) => !unused.has(device.layerId) && (eager || device.bootId === bootId));
+    await Promise.all([
+      ...wanted.map(({ layerId }) => limit(() => this.#logged(layerId, this.ensure(layerId)))),
+      ...orphans.map(({ id }) => limit(() => this.#logged(id, this.release(id)))),
+    ]);
+    await this.#removeStrayDirectories();
+  }
+
+  /**
+   * Frees layers that nobody uses: what was still in use when its last snapshot was removed, what a crash has left.
+   * A layer that somebody works on at this moment is left to him.
+   *
+   * @throws {CallError | MountError} of the first that could not be freed, after all have been tried
+   */
+  async releaseUnused(): Promise<void> {
+    const idle = this.#layers.orphans().filter(({ digest }) => !this.#locks.isHeld(digest));
+    const outcomes = await Promise.allSettled(idle.map(({ id }) => this.release(id)));
+    const failed = outcomes.find((outcome) => outcome.status === 'rejected');
+    if (failed !== undefined) throw failed.reason;
   }
 
   /** @returns how many layers could not be detached because something still uses their mounts */
@@ -137,19 +159,51 @@ export class LayerAttachments {
     return failures;
   }
 
-  /** Tells a data plane that has just started what it has to serve: readers may be waiting for it. */
+  /**
+   * Tells a data plane that has just started what the kernel has devices of: readers may be waiting for them. Without the
+   * locks, whose holders may be among the readers (a mount under way), and without the registry: a layer that was not
+   * attached yet is told by whoever attaches it.
+   */
   async serveAgain(client: BlobServeClient): Promise<void> {
-    const devices = this.#layers.devices();
-    await Promise.all(
-      devices.map(async (device) => {
-        try {
-          await this.#attach(client, this.#layers.get(device.layerId), device);
-        } catch (error) {
-          this.#ready.delete(device.layerId);
-          this.#log.error({ layer: device.layerId, err: error }, 'a layer cannot be served again');
-        }
-      }),
-    );
+    const bootId = await this.#currentBoot();
+    const known = this.#layers
+      .devices()
+      .filter(
+        (device) => device.bootId === bootId && (device.state !== 'attaching' || device.mountPoint !== null),
+      );
+    await Promise.all(known.map((device) => this.#serveAgain(client, device)));
+  }
+
+  async #serveAgain(client: BlobServeClient, device: DeviceRow): Promise<void> {
+    const { layerId } = device;
+    try {
+      await this.#attach(client, this.#layers.get(layerId), { ...device, checked: true });
+    } catch (error) {
+      this.#ready.delete(layerId);
+      if (this.#layers.device(layerId) !== undefined) {
+        this.#log.error({ layer: layerId, err: error }, 'a layer cannot be served again');
+        return;
+      }
+      // Taken down meanwhile, perhaps before it was attached again.
+      await this.#logged(
+        layerId,
+        client.detach(layerId).then(() => undefined),
+      );
+    }
+  }
+
+  #currentBoot(): Promise<string> {
+    this.#bootId ??= readBootId();
+    return this.#bootId;
+  }
+
+  /** What a process that died between the row and the directory has left, or one that gave up a mount that came late. */
+  async #removeStrayDirectories(): Promise<void> {
+    for (const name of await readdir(this.#options.directory)) {
+      const layerId = Number(name);
+      if (!/^\d+$/.test(name) || this.#layers.find(layerId) !== undefined) continue;
+      await this.#logged(layerId, this.#removeDirectory(layerId));
+    }
   }
 
   async #logged(layerId: number, work: Promise<void>): Promise<boolean> {
@@ -165,18 +219,20 @@ export class LayerAttachments {
   async #ensure(layerId: number): Promise<void> {
     if (this.#ready.has(layerId)) return;
     const layer = this.#layers.get(layerId);
-    const { client, backend } = await this.#options.dataPlane();
-    this.#bootId ??= readBootId();
-    const bootId = await this.#bootId;
+    const dataPlane = await this.#options.dataPlane();
+    const { backend } = dataPlane;
+    const bootId = await this.#currentBoot();
     const before = this.#layers.device(layerId);
     const identifier = before?.identifier ?? `erofs-nbd:${randomUUID()}`;
     this.#layers.beginAttach({ layerId, backend, identifier, bootId });
-    const { device, reconnected } = await this.#attach(client, layer, {
-      layerId,
-      identifier,
-      nbdIndex: before?.bootId === bootId ? before.nbdIndex : null,
-      state: before?.state ?? 'attaching',
-    });
+    const { device, reconnected } = await dataPlane.call((client) =>
+      this.#attach(client, layer, {
+        layerId,
+        identifier,
+        nbdIndex: before?.bootId === bootId ? before.nbdIndex : null,
+        checked: before !== undefined && (before.state === 'mounted' || before.mountPoint !== null),
+      }),
+    );
     await this.#mount(layer, device, reconnected);
     this.#layers.mounted(layerId, this.directory(layerId));
     this.#ready.add(layerId);
@@ -189,14 +245,14 @@ export class LayerAttachments {
       layerId,
       identifier,
       nbdIndex,
-      state,
-    }: Pick<DeviceRow, 'layerId' | 'identifier' | 'nbdIndex' | 'state'>,
+      checked,
+    }: Pick<DeviceRow, 'layerId' | 'identifier' | 'nbdIndex'> & { readonly checked: boolean },
   ): Promise<{ device: control.Device; reconnected: boolean }> {
     const response = await client.attach({
       layerId,
       identifier,
       nbdIndex: nbdIndex ?? -1,
-      checked: state === 'mounted',
+      checked,
       source: {
         imageRef: layer.imageRef,
         manifestDigest: layer.manifestDigest,
@@ -231,14 +287,30 @@ export class LayerAttachments {
         { layer: layer.digest, mount: target, source: existing.source },
         'replacing a dead mount',
       );
-      await mounter.unmount(target, true);
+      await this.#unmount(target, true);
     }
     await mkdir(target, { recursive: true });
     try {
       await mounter.mountErofs(device.path, target);
     } catch (error) {
       if (!(error instanceof MountError)) throw error;
-      throw new MountError(`layer ${layer.digest}: ${error.message}`, error.code);
+      throw new MountError(`layer ${layer.digest}: ${error.message}; the kernel's log says more`, error.code);
+    }
+  }
+
+  /** All that is mounted there: a mount that was given up may have come late, over or under another. */
+  async #unmount(target: string, lazy = false): Promise<void> {
+    while ((await mountAt(target)) !== undefined) await this.#options.mounter.unmount(target, lazy);
+  }
+
+  /** Never recursively: what is mounted there, if anything is, is not ours to delete. */
+  async #removeDirectory(layerId: number): Promise<void> {
+    const target = this.directory(layerId);
+    await this.#unmount(target);
+    for (const directory of [target, path.dirname(target)]) {
+      await rmdir(directory).catch((error: NodeJS.ErrnoException) => {
+        if (error.code !== 'ENOENT') throw error;
+      });
     }
   }
 
@@ -247,11 +319,11 @@ export class LayerAttachments {
     const target = this.directory(layerId);
     this.#ready.delete(layerId);
     this.#layers.beginDetach(layerId);
-    if ((await mountAt(target)) !== undefined) await this.#options.mounter.unmount(target);
-    const { client } = await this.#options.dataPlane();
-    await client.detach(layerId);
+    await this.#unmount(target);
+    const dataPlane = await this.#options.dataPlane();
+    await dataPlane.call((client) => client.detach(layerId));
+    await this.#removeDirectory(layerId);
     this.#layers.detached(layerId);
-    await rm(path.dirname(target), { recursive: true, force: true });
   }
 
   async #takeDown(layerId: number): Promise<void> {

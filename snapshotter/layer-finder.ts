@@ -6,11 +6,11 @@ import type { Logger } from '../daemon/log.js';
 import type { LayerInput } from '../metadata/layers.js';
 import { control } from '../proto/messages.js';
 import { CallError } from '../proto/unary-call.js';
-import type { BlobServeClient } from './blobserve-client.js';
+import type { DataPlane } from './layer-attachments.js';
 import { layerReference } from './layer-reference.js';
 
 export interface LayerFinderOptions {
-  readonly dataPlane: () => Promise<{ readonly client: BlobServeClient }>;
+  readonly dataPlane: () => Promise<Pick<DataPlane, 'call'>>;
   /** What to do about a layer that should be served lazily and cannot be: say so, or let containerd unpack it. */
   readonly onError: 'fail' | 'unpack';
   /** Whether tar and tar.gz layers are indexed and served lazily. */
@@ -41,8 +41,9 @@ export class LayerFinder {
     const { imageRef, manifestDigest, layerDigest, diffId } = reference;
     let source;
     try {
-      const { client } = await this.#options.dataPlane();
-      ({ source } = await client.describe({ source: { imageRef, manifestDigest, layerDigest, diffId } }));
+      const dataPlane = await this.#options.dataPlane();
+      const request = { source: { imageRef, manifestDigest, layerDigest, diffId } };
+      ({ source } = await dataPlane.call((client) => client.describe(request)));
     } catch (error) {
       if (this.#options.onError === 'fail' || !(error instanceof CallError)) throw error;
       log.warn(

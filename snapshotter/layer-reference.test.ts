@@ -45,4 +45,13 @@ describe('the labels of a Prepare', () => {
     expect(refused).toThrow(LabelError);
     expect(refused).toThrow(/cri\.layer-digest=.*expected sha256: and 64 lower-case hex digits/);
   });
+
+  it.each(['user:hunter2@registry.example/team/app', 'https://user:hunter2@registry.example/team/app'])(
+    'are refused when the reference holds a login, which is not shown: %#',
+    (imageRef) => {
+      const refused = { ...labels, 'containerd.io/snapshot/cri.image-ref': imageRef };
+      expect(() => layerReference(refused)).toThrow(LabelError);
+      expect(() => layerReference(refused)).not.toThrow(/hunter2/);
+    },
+  );
 });

@@ -13,6 +13,9 @@ const LABEL_DIFF_ID = 'containerd.io/snapshot/diff-id';
 
 const DIGEST = /^sha256:[0-9a-f]{64}$/;
 
+/** "https://…" or "user:password@host/…": no image reference. */
+const HOLDS_LOGIN = /:\/\/|^[^/]*@[^/]*\//;
+
 /** A layer as its labels name it. */
 export interface LayerReference {
   readonly imageRef: string;
@@ -47,6 +50,12 @@ export function layerReference(labels: Readonly<Record<string, string>>): LayerR
   const layerDigest = digestLabel(labels, LABEL_LAYER_DIGEST);
   const manifestDigest = digestLabel(labels, LABEL_MANIFEST_DIGEST);
   const diffId = digestLabel(labels, LABEL_DIFF_ID);
+  if (HOLDS_LOGIN.test(imageRef)) {
+    // Not shown: it may be a password.
+    throw new LabelError(
+      `label ${LABEL_IMAGE_REF} is a URL or holds a login; expected host[:port]/repository[:tag][@digest]`,
+    );
+  }
   if (imageRef === '' || layerDigest === '') return undefined;
   return { imageRef, manifestDigest, layerDigest, diffId };
 }

@@ -54,7 +54,8 @@ export class Mounter {
   readonly #program: string;
   readonly #queue: Waiting[] = [];
   readonly #idle: { child: ChildProcess; timer: NodeJS.Timeout }[] = [];
-  #children = 0;
+  /** Those that work or can; not one that was given up and may hang in the kernel for as long as its device does. */
+  readonly #children = new Set<ChildProcess>();
 
   constructor(options: MounterOptions) {
     this.#timeoutMs = options.timeoutMs;
@@ -87,7 +88,7 @@ export class Mounter {
   close(): void {
     for (const { child, timer } of this.#idle.splice(0)) {
       clearTimeout(timer);
-      child.disconnect();
+      if (child.connected) child.disconnect();
     }
   }
 
@@ -101,7 +102,7 @@ export class Mounter {
 
   #next(): void {
     const kept = this.#idle.pop();
-    if (kept === undefined && this.#children >= this.#maxChildren) return;
+    if (kept === undefined && this.#children.size >= this.#maxChildren) return;
     const waiting = this.#queue.shift();
     if (waiting === undefined) {
       if (kept !== undefined) this.#idle.push(kept);
@@ -112,20 +113,30 @@ export class Mounter {
   }
 
   #start(): ChildProcess {
-    this.#children += 1;
     const child = fork(this.#program, [], { execArgv: [], stdio: ['ignore', 'inherit', 'inherit', 'ipc'] });
-    child.once('exit', () => {
-      this.#children -= 1;
-      const index = this.#idle.findIndex((kept) => kept.child === child);
-      if (index >= 0) clearTimeout(this.#idle.splice(index, 1)[0]?.timer);
-      this.#next();
+    this.#children.add(child);
+    child.once('exit', () => this.#lost(child));
+    // Also for as long as it is idle: an error nobody listens to would end this process.
+    child.on('error', () => {
+      if (child.pid === undefined) this.#lost(child);
     });
     return child;
   }
 
+  /** The child carries nothing out any more; another may be started for it. */
+  #lost(child: ChildProcess): void {
+    this.#children.delete(child);
+    const index = this.#idle.findIndex((kept) => kept.child === child);
+    if (index >= 0) clearTimeout(this.#idle.splice(index, 1)[0]?.timer);
+    this.#next();
+  }
+
   #carryOut(child: ChildProcess, { request, settle }: Waiting): void {
     const what = request.operation === 'mount' ? `mount of ${request.source} on` : 'umount of';
+    let finished = false;
     const finish = (reply: MountReply, reusable: boolean): void => {
+      if (finished) return;
+      finished = true;
       clearTimeout(timer);
       child.removeAllListeners('message');
       child.removeListener('exit', onExit);
@@ -144,14 +155,15 @@ export class Mounter {
       finish({ ok: false, code: '', message: `${what} ${request.target}: ${error.message}` }, false);
     };
     const timer = setTimeout(() => {
-      // In uninterruptible sleep it does not die before the device answers or is taken away; it is no longer counted on.
+      // In uninterruptible sleep it does not die before the device answers or is taken away: other calls do not wait.
       child.kill('SIGKILL');
+      this.#children.delete(child);
       const message = `${what} ${request.target}: no answer within ${this.#timeoutMs} ms`;
       finish({ ok: false, code: 'ETIMEDOUT', message }, false);
     }, this.#timeoutMs);
     child.once('exit', onExit);
     child.once('error', onError);
-    child.once('message', (reply: MountReply) => finish(reply, true));
+    child.once('message', (reply: MountReply) => finish(reply, child.connected));
     child.send(request, (error) => {
       if (error !== null) onError(error);
     });
@@ -161,7 +173,7 @@ export class Mounter {
     const timer = setTimeout(() => {
       const index = this.#idle.findIndex((kept) => kept.child === child);
       if (index >= 0) this.#idle.splice(index, 1);
-      child.disconnect();
+      if (child.connected) child.disconnect();
     }, this.#idleMs);
     timer.unref();
     child.unref();

@@ -1,7 +1,8 @@
 /**
  * Which process a number means: a pid together with the time its process started, since pids are used again.
  */
-import { readFile } from 'node:fs/promises';
+import { readFile, rename, writeFile } from 'node:fs/promises';
+import { setTimeout as sleep } from 'node:timers/promises';
 
 export interface ProcessIdentity {
   readonly pid: number;
@@ -27,4 +28,52 @@ export async function processIdentity(pid: number): Promise<ProcessIdentity | un
 /** Whether exactly this process still runs. */
 export async function isRunning(identity: ProcessIdentity): Promise<boolean> {
   return (await processIdentity(identity.pid))?.startTicks === identity.startTicks;
+}
+
+/** Writes down which process is meant; whole or not at all. */
+export async function writeIdentity(file: string, identity: ProcessIdentity): Promise<void> {
+  await writeFile(`${file}.new`, `${JSON.stringify(identity)}\n`, { mode: 0o600 });
+  await rename(`${file}.new`, file);
+}
+
+/** @returns the process that a file written by `writeIdentity` names; undefined when there is none, or it names nothing */
+export async function readIdentity(file: string): Promise<ProcessIdentity | undefined> {
+  let text: string;
+  try {
+    text = await readFile(file, 'utf8');
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
+    throw error;
+  }
+  try {
+    const record = JSON.parse(text) as Partial<ProcessIdentity> | null;
+    const { pid, startTicks } = record ?? {};
+    // Above 1: a signal to 0 or -1 goes to many.
+    if (Number.isSafeInteger(pid) && Number(pid) > 1 && Number.isSafeInteger(startTicks)) {
+      return { pid: Number(pid), startTicks: Number(startTicks) };
+    }
+  } catch {
+    // Not JSON: as good as absent.
+  }
+  return undefined;
+}
+
+/** @returns whether the process has ended within so many milliseconds */
+export async function waitForEnd(identity: ProcessIdentity, timeoutMs: number): Promise<boolean> {
+  const deadline = Date.now() + timeoutMs;
+  while (await isRunning(identity)) {
+    if (Date.now() > deadline) return false;
+    await sleep(20);
+  }
+  return true;
+}
+
+/** Sends a signal to exactly this process; nothing happens when it has ended. */
+export async function signalProcess(identity: ProcessIdentity, signal: NodeJS.Signals): Promise<void> {
+  if (!(await isRunning(identity))) return;
+  try {
+    process.kill(identity.pid, signal);
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== 'ESRCH') throw error;
+  }
 }

@@ -3,12 +3,13 @@
  */
 import * as grpc from '@grpc/grpc-js';
 import type { Logger } from '../daemon/log.js';
-import { MetadataError } from '../metadata/errors.js';
+import { MetadataError, quoted } from '../metadata/errors.js';
 import type { SnapshotInfo } from '../metadata/snapshots.js';
 import { snapshots } from '../proto/messages.js';
 import { CallError } from '../proto/unary-call.js';
 import { FilterError, parseFilters } from './filter.js';
 import { LabelError } from './layer-reference.js';
+import { MountError } from './mounter.js';
 import type { PluginName } from './plugin-name.js';
 import type { Snapshotter } from './snapshotter.js';
 
@@ -25,6 +26,20 @@ const CODES: Readonly<Record<MetadataError['code'], grpc.status>> = {
   failed_precondition: grpc.status.FAILED_PRECONDITION,
   unavailable: grpc.status.UNAVAILABLE,
   internal: grpc.status.INTERNAL,
+};
+
+/** What the errno of a mount says about the layer; all others say something about this machine. */
+const MOUNT_CODES: Readonly<Record<string, grpc.status>> = {
+  // The kernel does not take the image: damaged (EUCLEAN, EBADMSG), or with features it does not have.
+  EINVAL: grpc.status.FAILED_PRECONDITION,
+  EOPNOTSUPP: grpc.status.FAILED_PRECONDITION,
+  EUCLEAN: grpc.status.FAILED_PRECONDITION,
+  EBADMSG: grpc.status.FAILED_PRECONDITION,
+  // Its bytes could not be had.
+  EIO: grpc.status.UNAVAILABLE,
+  ETIMEDOUT: grpc.status.UNAVAILABLE,
+  // Something still uses the mount.
+  EBUSY: grpc.status.FAILED_PRECONDITION,
 };
 
 /** Infos per message of a List; containerd's own service sends as many. */
@@ -51,7 +66,14 @@ function statusOf(error: unknown): grpc.status {
   if (error instanceof MetadataError) return CODES[error.code];
   if (error instanceof FilterError || error instanceof LabelError) return grpc.status.INVALID_ARGUMENT;
   if (error instanceof CallError) return error.code;
+  if (error instanceof MountError) return MOUNT_CODES[error.code] ?? grpc.status.INTERNAL;
   return grpc.status.INTERNAL;
+}
+
+/** Which snapshot a request is about. Not the request itself: labels and keys are as long, and hold, what anybody likes. */
+function subjectOf(request: unknown): string | undefined {
+  const { key } = request as { readonly key?: string };
+  return key === undefined ? undefined : quoted(key);
 }
 
 /** The error as the client sees it. */
@@ -83,7 +105,10 @@ export function snapshotsImplementation(
         (error: unknown) => {
           const status = toServiceError(error);
           const expected = error instanceof MetadataError && error.code !== 'internal';
-          log[expected ? 'debug' : 'error']({ call: name, request: call.request, err: error }, 'refused');
+          log[expected ? 'debug' : 'error'](
+            { call: name, about: subjectOf(call.request), err: error },
+            'refused',
+          );
           callback(status);
         },
       );

@@ -129,7 +129,7 @@ export class Snapshotter {
   async cleanup(): Promise<void> {
     await this.settled();
     await this.#deleteDirectories(await this.#setAside(await this.#orphanDirectories()));
-    for (const { id } of this.#options.layers.orphans()) await this.#attachments.release(id);
+    await this.#attachments.releaseUnused();
   }
 
   /** Resolves when the work of calls already answered is done. */

@@ -3,12 +3,9 @@
  */
 import { mkdir, mkdtemp, rm } from 'node:fs/promises';
 import path from 'node:path';
-import { status } from '@grpc/grpc-js';
 import { afterAll, beforeAll, describe, expect, it, type TestContext } from 'vitest';
 import { buildTinyImage, flattenLayers, TINY_GREETING, writeTinyLayers } from '../image/tiny-image.js';
-import { EROFS_LAYER_NEW } from '../image/layer-blob.js';
 import { layerBytes, type Image } from '../image/oci-layout.js';
-import { snapshots } from '../../proto/messages.js';
 import type { Mount } from '../../snapshotter/overlay.js';
 import type { Containerd } from '../stack/containerd.js';
 import { leftovers } from '../stack/leftovers.js';
@@ -168,33 +165,6 @@ describe('a container with native EROFS layers', () => {
     } finally {
       client.close();
       await rm(scratch, { recursive: true, force: true });
-    }
-  });
-
-  test('of the media type that containerd 2.2 knows is served as well', async () => {
-    // Before 2.2, containerd takes layers of this type for something else and asks for no snapshot of them.
-    const newer = await buildTinyImage({ format: 'erofs', erofsMediaType: EROFS_LAYER_NEW });
-    const name = await registry.push(newer, 'newer:latest');
-    const client = new SnapshotsClient(snapshotter.plugin.address);
-    try {
-      const [layer] = newer.layers;
-      const chainId = newer.diffIds[0] ?? '';
-      const labels = {
-        'containerd.io/snapshot.ref': chainId,
-        'containerd.io/snapshot/cri.image-ref': name,
-        'containerd.io/snapshot/cri.manifest-digest': newer.manifest.digest,
-        'containerd.io/snapshot/cri.layer-digest': layer?.digest ?? '',
-      };
-      await expect(client.prepare('test/1/extract', '', labels)).rejects.toMatchObject({
-        code: status.ALREADY_EXISTS,
-      });
-      const [info] = await client.list(`labels."containerd.io/snapshot.ref"==${chainId},parent==""`);
-      expect(info).toMatchObject({ kind: snapshots.Kind.COMMITTED, labels });
-      expect((await snapshotter.devices())?.map(({ layerDigest }) => layerDigest)).toContain(layer?.digest);
-      await client.remove(info?.name ?? '');
-      await client.cleanup();
-    } finally {
-      client.close();
     }
   });
 
