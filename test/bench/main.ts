@@ -4,11 +4,13 @@
  */
 import { gunzip } from './gunzip.js';
 import { index } from './index.js';
+import { memory } from './memory.js';
 import { serve } from './serve.js';
 
 const BENCHMARKS: Record<string, ((arguments_: string[]) => Promise<void>) | undefined> = {
   gunzip,
   index,
+  memory,
   serve,
 };
 
