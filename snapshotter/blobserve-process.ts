@@ -24,6 +24,12 @@ import {
 
 const PROGRAM = fileURLToPath(new URL('../blobserve/main.js', import.meta.url));
 
+/**
+ * The bytes that are served lie outside V8's heap, and the objects about them die young: V8's own 3 x 16 MB for young
+ * objects are 25 MB resident that bring nothing. In MB.
+ */
+const YOUNG_HEAP = '--max-semi-space-size=4';
+
 /** Milliseconds between two looks at an adopted process, which is not a child whose end is reported. */
 const WATCH_INTERVAL = 250;
 /** Milliseconds a new process may take until it answers. Node alone takes over a second under emulation. */
@@ -235,6 +241,7 @@ export class BlobServeProcess {
       process.execPath,
       [
         '--enable-source-maps',
+        YOUNG_HEAP,
         PROGRAM,
         ...args,
         '--attach',
@@ -247,8 +254,13 @@ export class BlobServeProcess {
         stdio: ['ignore', 'inherit', 'inherit', fuseDescriptor >= 0 ? fuseDescriptor : 'ignore'],
         detached: true,
         cwd: '/',
-        // Reading /dev/fuse and cold disk reads each hold a thread of libuv's pool while they wait.
-        env: { ...process.env, UV_THREADPOOL_SIZE: process.env.UV_THREADPOOL_SIZE ?? '12' },
+        env: {
+          ...process.env,
+          // Cold disk reads each hold a thread of libuv's pool while they wait.
+          UV_THREADPOOL_SIZE: process.env.UV_THREADPOOL_SIZE ?? '12',
+          // Otherwise each of these threads keeps memory of its own that is free: 20 MB with 50 layers.
+          MALLOC_ARENA_MAX: process.env.MALLOC_ARENA_MAX ?? '2',
+        },
       },
     );
     child.unref();
