@@ -7,11 +7,13 @@
  *     tar layer      the same without gunzip
  */
 import { mkdir } from 'node:fs/promises';
+import { LRUCache } from 'lru-cache';
 import type { Configuration } from '../daemon/configuration.js';
 import type { Logger } from '../daemon/log.js';
 import { control } from '../proto/messages.js';
 import type { LayerIndexer } from './layer-indexer.js';
 import { ErofsFormatError, parseSuperBlock, SUPER_BLOCK_READ } from './layer/erofs/super-block.js';
+import { CheckpointError } from './layer/gzip/gzip-error.js';
 import { ZwinIndex } from './layer/gzip/zwin.js';
 import type { LayerIndexRecord } from './layer/index/layer-index.js';
 import type { BlobReader } from './readers/blob-reader.js';
@@ -19,7 +21,7 @@ import { BufferPool } from './readers/buffer-pool.js';
 import { CacheReader } from './readers/cache.js';
 import { ConcatReader } from './readers/concat.js';
 import { FileReader } from './readers/file.js';
-import { GunzipReader } from './readers/gunzip.js';
+import { GunzipReader, type GunzipReaderOptions } from './readers/gunzip.js';
 import { InflatedCache } from './readers/inflated-cache.js';
 import { ReadaheadReader } from './readers/readahead.js';
 import { RegistryRangeReader } from './readers/registry-range.js';
@@ -36,6 +38,7 @@ export class LayerRefusedError extends Error {
 /** A layer ready to be a device. */
 export interface LayerPath {
   readonly reader: BlobReader;
+  /** Since this process opened the layer; with what was fetched to index it. */
   statistics(): { cachedBytes: number; fetchedBytes: number; requests: number };
   close(): Promise<void>;
 }
@@ -47,6 +50,9 @@ interface CachedBlob {
 }
 
 type Source = control.LayerSource.$Properties;
+
+/** Layers whose indexing is remembered until they are opened. */
+const INDEXED_MAX = 1024;
 
 /** Devices are made of sectors. */
 const SECTOR = 512;
@@ -64,6 +70,8 @@ export class LayerPaths {
   /** The memory that fetched bytes of all layers pass through. */
   readonly #buffers: BufferPool;
   readonly #inflated: InflatedCache;
+  /** What indexing a layer fetched, by digest, until its device counts it. */
+  readonly #indexTraffic = new LRUCache<string, RegistryRangeReader['traffic']>({ max: INDEXED_MAX });
 
   constructor(options: LayerPathsOptions) {
     this.#options = options;
@@ -95,7 +103,8 @@ export class LayerPaths {
       size: size ?? 0,
       diffId: diffId ?? '',
       open: async () => {
-        const { cache } = await this.#openBlob(source);
+        const { cache, range } = await this.#openBlob(source);
+        this.#indexTraffic.set(digest ?? '', range.traffic);
         return { reader: this.#readahead(cache), forget: () => cache.forget() };
       },
     });
@@ -123,6 +132,8 @@ export class LayerPaths {
   async #openClassic(source: Source): Promise<LayerPath> {
     const name = `layer ${source.layerDigest ?? ''}`;
     const record = await this.index(source);
+    const indexing = this.#indexTraffic.get(record.digest);
+    this.#indexTraffic.delete(record.digest);
     const files = this.#options.indexer.files(record.digest);
     const opened: { close(): Promise<void> }[] = [];
     try {
@@ -133,27 +144,32 @@ export class LayerPaths {
         const sizes = { compressed: record.blobSize, uncompressed: record.tarSize };
         const index = await ZwinIndex.open(files.checkpoints, sizes);
         opened.push(index);
-        tar = new GunzipReader({ name, next: blob.cache, index, cache: this.#inflated });
+        tar = gunzip({ name, next: blob.cache, index, cache: this.#inflated });
         opened.splice(0, opened.length, tar);
       }
       const tarindex = await FileReader.open({ path: files.tarindex, size: record.tarindexSize });
+      opened.push(tarindex);
       const padding = record.deviceSize - record.tarindexSize - record.tarSize;
       const parts = [tarindex, tar, ...(padding > 0 ? [new ZerosReader(padding)] : [])];
-      return this.#path(blob, new ConcatReader(name, parts));
+      return this.#path(blob, new ConcatReader(name, parts), indexing);
     } catch (error) {
       for (const one of opened) await one.close();
       throw error;
     }
   }
 
-  #path(blob: CachedBlob, device: BlobReader): LayerPath {
+  #path(
+    blob: CachedBlob,
+    device: BlobReader,
+    before: RegistryRangeReader['traffic'] = { requests: 0, bytes: 0 },
+  ): LayerPath {
     const reader = this.#readahead(device);
     return {
       reader,
       statistics: () => ({
         cachedBytes: blob.cache.statistics.cachedBytes,
-        fetchedBytes: blob.range.traffic.bytes,
-        requests: blob.range.traffic.requests,
+        fetchedBytes: before.bytes + blob.range.traffic.bytes,
+        requests: before.requests + blob.range.traffic.requests,
       }),
       close: () => reader.close(),
     };
@@ -186,6 +202,16 @@ export class LayerPaths {
       log: layerLog,
     });
     return { cache, range };
+  }
+}
+
+/** @throws {LayerRefusedError} the layer has so few places to begin at that it cannot be read in place */
+function gunzip(options: GunzipReaderOptions): GunzipReader {
+  try {
+    return new GunzipReader(options);
+  } catch (error) {
+    if (!(error instanceof CheckpointError)) throw error;
+    throw new LayerRefusedError(error.message, { cause: error });
   }
 }
 

@@ -50,14 +50,22 @@ export interface LayerIndexerOptions {
   readonly workers: number;
   readonly spanSize: number;
   readonly maxUncompressedBytes: number;
+  /** The compiled scan-thread; default: the one beside this file. */
+  readonly scanProgram?: URL;
   readonly log: Logger;
+}
+
+/** Somebody's wish for an index, being fulfilled. */
+interface UnderWay {
+  readonly diffId: string;
+  readonly record: Promise<LayerIndexRecord>;
 }
 
 export class LayerIndexer {
   readonly #options: LayerIndexerOptions;
   readonly #limit: LimitFunction;
   /** By digest. */
-  readonly #underWay = new Map<string, Promise<LayerIndexRecord>>();
+  readonly #underWay = new Map<string, UnderWay>();
 
   constructor(options: LayerIndexerOptions) {
     this.#options = options;
@@ -74,12 +82,17 @@ export class LayerIndexer {
    * @throws {NotIndexableError} the layer is no tar that we understand
    * @throws {ReadError} `corrupt`: a digest is not the one wanted, and nothing is kept; others: it cannot be fetched
    */
-  ensure(request: IndexRequest): Promise<LayerIndexRecord> {
-    const known = this.#underWay.get(request.digest);
-    if (known !== undefined) return known;
-    const making = this.#ensure(request).finally(() => this.#underWay.delete(request.digest));
-    this.#underWay.set(request.digest, making);
-    return making;
+  async ensure(request: IndexRequest): Promise<LayerIndexRecord> {
+    const { digest, diffId } = request;
+    let other: UnderWay | undefined;
+    while ((other = this.#underWay.get(digest)) !== undefined) {
+      if (other.diffId === diffId) return other.record;
+      // Two images that disagree about what the blob unpacks to: what is right for one is not for the other.
+      await Promise.allSettled([other.record]);
+    }
+    const record = this.#ensure(request).finally(() => this.#underWay.delete(digest));
+    this.#underWay.set(digest, { diffId, record });
+    return record;
   }
 
   async #ensure(request: IndexRequest): Promise<LayerIndexRecord> {
@@ -143,7 +156,8 @@ export class LayerIndexer {
     const compression = await compressionOf(request, reader);
     const { spanSize, maxUncompressedBytes } = this.#options;
     const workerData: LayerScanOptions = { files, compression, spanSize, maxUncompressedBytes };
-    const worker = new Worker(new URL('./layer/index/scan-thread.js', import.meta.url), { workerData });
+    const program = this.#options.scanProgram ?? new URL('./layer/index/scan-thread.js', import.meta.url);
+    const worker = new Worker(program, { workerData });
     try {
       return await feed(worker, reader, request.digest);
     } finally {
@@ -162,6 +176,7 @@ function checkDiffId(request: IndexRequest, record: LayerIndexRecord): void {
 
 /** By content: media types are vague about it. */
 async function compressionOf(request: IndexRequest, reader: BlobReader): Promise<'gzip' | 'none'> {
+  if (reader.size === 0) throw new NotIndexableError(`layer ${request.digest}: it is empty`);
   const head = Buffer.alloc(Math.min(262, reader.size));
   await reader.read(head, 0);
   if (head[0] === 0x1f && head[1] === 0x8b) return 'gzip';

@@ -11,27 +11,47 @@ import { mkdir, open, readFile, rename, rm } from 'node:fs/promises';
 import path from 'node:path';
 import { z } from 'zod';
 
+/** The tar's share of the device is filled up to a whole one of these. */
+const BLOCK = 512;
+
 const DIGEST = /^sha256:[0-9a-f]{64}$/;
 /** Version of the record's format, and of what the files beside it are. */
 export const INDEX_FORMAT = 1;
 
-const schema = z.strictObject({
-  format: z.literal(INDEX_FORMAT),
-  /** Digest of the blob. */
-  digest: z.string().regex(DIGEST),
-  /** Digest of the uncompressed tar. */
-  diffId: z.string().regex(DIGEST),
-  compression: z.enum(['gzip', 'none']),
-  /** Bytes of the blob. */
-  blobSize: z.int().min(0),
-  /** Bytes of the tar. */
-  tarSize: z.int().min(0),
-  /** Bytes of the tarindex, a multiple of 512, and its digest. */
-  tarindexSize: z.int().min(512),
-  tarindexDigest: z.string().regex(DIGEST),
-  /** Bytes of the device: tarindex, tar, and zeros up to a whole block. */
-  deviceSize: z.int().min(512),
-});
+const schema = z
+  .strictObject({
+    format: z.literal(INDEX_FORMAT),
+    /** Digest of the blob. */
+    digest: z.string().regex(DIGEST),
+    /** Digest of the uncompressed tar. */
+    diffId: z.string().regex(DIGEST),
+    compression: z.enum(['gzip', 'none']),
+    /** Bytes of the blob. */
+    blobSize: z.int().min(0),
+    /** Bytes of the tar. */
+    tarSize: z.int().min(0),
+    /** Bytes of the tarindex, a multiple of 512, and its digest. */
+    tarindexSize: z.int().min(BLOCK).multipleOf(BLOCK),
+    tarindexDigest: z.string().regex(DIGEST),
+    /** Digest of the file with the checkpoints, which a plain tar does not have. */
+    checkpointsDigest: z.string().regex(DIGEST).optional(),
+    /** Bytes of the device: tarindex, tar, and zeros up to a whole block. */
+    deviceSize: z.int().min(BLOCK),
+  })
+  .refine(
+    ({ deviceSize, tarindexSize, tarSize }) =>
+      deviceSize === tarindexSize + Math.ceil(tarSize / BLOCK) * BLOCK,
+    'the sizes contradict each other',
+  )
+  .refine(
+    ({ compression, checkpointsDigest }) => (compression === 'gzip') === (checkpointsDigest !== undefined),
+    'gzip needs checkpoints, and a plain tar has none',
+  )
+  .refine(
+    ({ compression, ...record }) =>
+      compression === 'gzip' || (record.tarSize === record.blobSize && record.diffId === record.digest),
+    'a plain tar is its own blob',
+  );
 
 /** What the files belong to. Sizes in bytes. */
 export type LayerIndexRecord = z.output<typeof schema>;
@@ -69,6 +89,7 @@ async function sync(name: string): Promise<void> {
 /** Says that the other files are there and belong together. They are on disk before this is. */
 export async function writeIndexRecord(files: LayerIndexFiles, record: LayerIndexRecord): Promise<void> {
   await sync(files.tarindex);
+  // The checkpoints are synchronised by who wrote them (gzip/zwin.ts).
   const temporary = `${files.record}.partial`;
   const handle = await open(temporary, 'w', 0o600);
   try {
@@ -83,6 +104,8 @@ export async function writeIndexRecord(files: LayerIndexFiles, record: LayerInde
 
 /**
  * The record of an index that is whole and belongs to this blob.
+ *
+ * All of it is read: what the kernel and the inflater will be given is what was written.
  *
  * @returns undefined when there is none
  * @throws {LayerIndexError} naming file and reason
@@ -112,19 +135,29 @@ export async function readIndexRecord(
       `${files.record}: for blob ${record.digest} of ${record.blobSize} bytes, not ${blob.digest} of ${blob.size}`,
     );
   }
+  await checkFile(files.tarindex, record.tarindexDigest, record.tarindexSize);
+  if (record.checkpointsDigest !== undefined) await checkFile(files.checkpoints, record.checkpointsDigest);
+  return record;
+}
+
+/** `sha256:<hex>` of a file, and its size in bytes. */
+export async function digestFile(file: string): Promise<{ digest: string; size: number }> {
   const hash = createHash('sha256');
   let size = 0;
-  for await (const chunk of createReadStream(files.tarindex)) {
+  for await (const chunk of createReadStream(file)) {
     hash.update(chunk as Buffer);
     size += (chunk as Buffer).length;
   }
-  const digest = `sha256:${hash.digest('hex')}`;
-  if (size !== record.tarindexSize || digest !== record.tarindexDigest) {
-    throw new LayerIndexError(
-      `${files.tarindex}: ${size} bytes with ${digest}, recorded are ${record.tarindexSize} with ${record.tarindexDigest}`,
-    );
-  }
-  return record;
+  return { digest: `sha256:${hash.digest('hex')}`, size };
+}
+
+async function checkFile(file: string, digest: string, size?: number): Promise<void> {
+  const actual = await digestFile(file).catch((error: NodeJS.ErrnoException) => {
+    throw new LayerIndexError(`${file}: cannot be read (${error.code ?? error.message})`, { cause: error });
+  });
+  if (actual.digest === digest && (size === undefined || actual.size === size)) return;
+  const recorded = size === undefined ? digest : `${size} with ${digest}`;
+  throw new LayerIndexError(`${file}: ${actual.size} bytes with ${actual.digest}, recorded are ${recorded}`);
 }
 
 /** Makes room for a new index. */

@@ -3,15 +3,22 @@
  *
  * Plain calls that use a core for as long as they run: for a thread of its own (scan-thread.ts).
  */
-import { createHash, type Hash } from 'node:crypto';
+import { createHash } from 'node:crypto';
 import { open, rename } from 'node:fs/promises';
 import { buildTarIndex } from '../erofs/tarindex.js';
 import { GzipError } from '../gzip/gzip-error.js';
+import type { Digest } from '../gzip/hash-thread.js';
 import { GzipIndexer } from '../gzip/indexer.js';
 import { type PackedWindow, packWindow, ZwinWriter } from '../gzip/zwin.js';
 import { TarScanner } from '../tar/scanner.js';
 import { LayerTreeBuilder } from '../tar/tree-builder.js';
-import { clearIndex, INDEX_FORMAT, type LayerIndexFiles, type LayerIndexRecord } from './layer-index.js';
+import {
+  clearIndex,
+  digestFile,
+  INDEX_FORMAT,
+  type LayerIndexFiles,
+  type LayerIndexRecord,
+} from './layer-index.js';
 
 export interface LayerScanOptions {
   readonly files: LayerIndexFiles;
@@ -34,34 +41,37 @@ export class LayerScan {
   readonly #options: LayerScanOptions;
   readonly #tree = new LayerTreeBuilder();
   readonly #scanner = new TarScanner((entry) => this.#tree.add(entry));
-  readonly #plainHash: Hash | undefined;
+  readonly #plainHash: Digest | undefined;
   readonly #gzip: GzipIndexer | undefined;
   readonly #checkpoints: ZwinWriter | undefined;
   #ready: ReadyCheckpoint[] = [];
   #written = 0;
 
-  private constructor(options: LayerScanOptions, checkpoints: ZwinWriter | undefined) {
+  private constructor(options: LayerScanOptions, checkpoints: ZwinWriter | undefined, sha256: () => Digest) {
     this.#options = options;
     this.#checkpoints = checkpoints;
     if (checkpoints === undefined) {
-      this.#plainHash = createHash('sha256');
+      this.#plainHash = sha256();
       return;
     }
     this.#gzip = new GzipIndexer({
       spanSize: options.spanSize,
       maxUncompressedBytes: options.maxUncompressedBytes,
+      sha256,
       onCheckpoint: (point) => this.#ready.push({ ...point, window: packWindow(point.window) }),
       onData: (chunk) => this.#scanner.write(chunk),
     });
   }
 
-  static async start(options: LayerScanOptions): Promise<LayerScan> {
+  /** @param sha256 makes the hashes of blob and tar; a hash thread's uses a second core */
+  static async start(
+    options: LayerScanOptions,
+    sha256: () => Digest = () => createHash('sha256'),
+  ): Promise<LayerScan> {
     await clearIndex(options.files);
     const { compression, files } = options;
-    return new LayerScan(
-      options,
-      compression === 'gzip' ? await ZwinWriter.create(files.checkpoints) : undefined,
-    );
+    const checkpoints = compression === 'gzip' ? await ZwinWriter.create(files.checkpoints) : undefined;
+    return new LayerScan(options, checkpoints, sha256);
   }
 
   /**
@@ -90,30 +100,33 @@ export class LayerScan {
    * Writes tarindex and checkpoints. Whether the digests are those wanted is the caller's to check, before it writes the
    * record that makes an index of the files.
    *
-   * @throws {GzipError | TarError | RangeError} the layer ends where it should not, or cannot be indexed
+   * @throws {GzipError | TarError | ErofsFormatError | CheckpointError} the layer ends where it should not, or cannot
+   *   be indexed
    */
   async finish(): Promise<LayerIndexRecord> {
     const summary = this.#gzip?.finish();
     const tarSize = this.#scanner.end().size;
-    const plain = `sha256:${this.#plainHash?.digest('hex') ?? ''}`;
+    const plain = `sha256:${this.#plainHash?.digest().toString('hex') ?? ''}`;
     const index = buildTarIndex(this.#tree.finish(), tarSize);
     const hash = createHash('sha256');
     const { files, compression } = this.#options;
     const temporary = `${files.tarindex}.partial`;
     const output = await open(temporary, 'w', 0o600);
     try {
-      let written = 0;
       for (const chunk of index.chunks()) {
         hash.update(chunk);
-        await output.write(chunk, 0, chunk.length, written);
-        written += chunk.length;
+        await output.writeFile(chunk);
       }
     } finally {
       await output.close();
     }
     await rename(temporary, files.tarindex);
-    if (summary !== undefined) await this.#checkpoints?.finish(summary);
     this.#gzip?.close();
+    let checkpointsDigest: string | undefined;
+    if (summary !== undefined) {
+      await this.#checkpoints?.finish(summary);
+      checkpointsDigest = (await digestFile(files.checkpoints)).digest;
+    }
     return {
       format: INDEX_FORMAT,
       digest: summary?.blobDigest ?? plain,
@@ -123,6 +136,7 @@ export class LayerScan {
       tarSize,
       tarindexSize: index.size,
       tarindexDigest: `sha256:${hash.digest('hex')}`,
+      ...(checkpointsDigest !== undefined && { checkpointsDigest }),
       deviceSize: index.deviceSize,
     };
   }

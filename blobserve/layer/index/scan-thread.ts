@@ -3,7 +3,9 @@
  * and the end with the record of the index.
  */
 import { parentPort, workerData } from 'node:worker_threads';
-import { GzipError } from '../gzip/gzip-error.js';
+import { ErofsFormatError } from '../erofs/super-block.js';
+import { CheckpointError, GzipError } from '../gzip/gzip-error.js';
+import { HashThread } from '../gzip/hash-thread.js';
 import { TarError } from '../tar/tar-error.js';
 import type { LayerIndexRecord } from './layer-index.js';
 import { LayerScan, type LayerScanOptions } from './layer-scan.js';
@@ -20,7 +22,12 @@ if (parentPort === null) throw new Error('scan-thread.js is the program of a wor
 const port = parentPort;
 const reply = (message: ScanReply): void => port.postMessage(message);
 
-const scan = await LayerScan.start(workerData as LayerScanOptions);
+/** What says that the layer's bytes are not what can be indexed, or are more than can be. */
+const LAYER_FAULTS = [GzipError, TarError, ErofsFormatError, CheckpointError, RangeError] as const;
+
+// Ends with this thread.
+const hashing = await HashThread.start();
+const scan = await LayerScan.start(workerData as LayerScanOptions, () => hashing.sha256());
 
 async function take(request: ScanRequest): Promise<void> {
   if ('end' in request) {
@@ -41,7 +48,7 @@ port.on('message', (request: ScanRequest) => {
     } catch (error) {
       failed = true;
       await scan.abandon();
-      const layer = error instanceof GzipError || error instanceof TarError || error instanceof RangeError;
+      const layer = LAYER_FAULTS.some((fault) => error instanceof fault);
       const message = error instanceof Error ? error.message : String(error);
       reply({ failed: layer ? 'layer' : 'local', message });
     }

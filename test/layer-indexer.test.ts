@@ -1,0 +1,211 @@
+/** The indexer of layers with its real thread, which is started from the build. */
+import { createHash } from 'node:crypto';
+import { existsSync } from 'node:fs';
+import { mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
+import os from 'node:os';
+import path from 'node:path';
+import { gzipSync } from 'node:zlib';
+import pino from 'pino';
+import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { mixture } from '../blobserve/layer/gzip/sample-data.js';
+import { type IndexRequest, LayerIndexer, NotIndexableError } from '../blobserve/layer-indexer.js';
+import { type BlobReader, checkRange, ReadError } from '../blobserve/readers/blob-reader.js';
+import { END, entry } from './hand-made-tar.js';
+
+const sha256 = (bytes: Buffer): string => `sha256:${createHash('sha256').update(bytes).digest('hex')}`;
+const scanProgram = new URL('../dist/blobserve/layer/index/scan-thread.js', import.meta.url);
+
+const tarOf = (seed: number, size = 3_000_000): Buffer =>
+  Buffer.concat([entry({ name: 'data' }, mixture(size, seed)), END]);
+
+/** A blob in memory that counts how it is used. */
+class MemoryBlob implements BlobReader {
+  readonly size: number;
+  reads = 0;
+  closed = 0;
+  forgotten = 0;
+
+  constructor(
+    readonly bytes: Buffer,
+    /** Called before each read. */
+    readonly beforeRead: (offset: number) => void | Promise<void> = () => undefined,
+  ) {
+    this.size = bytes.length;
+  }
+
+  async read(target: Buffer, offset: number): Promise<void> {
+    checkRange('blob', this.size, offset, target.length);
+    this.reads++;
+    await this.beforeRead(offset);
+    this.bytes.copy(target, 0, offset);
+  }
+
+  readNow(): boolean {
+    return false;
+  }
+
+  async close(): Promise<void> {
+    this.closed++;
+  }
+}
+
+describe.skipIf(!existsSync(scanProgram))('the layer indexer', () => {
+  const tar = tarOf(1);
+  const bytes = gzipSync(tar);
+  let directory: string;
+  let indexer: LayerIndexer;
+  beforeEach(async () => {
+    directory = await mkdtemp(path.join(os.tmpdir(), 'layer-indexer-'));
+    indexer = new LayerIndexer({
+      directory,
+      workers: 2,
+      spanSize: 1 << 20,
+      maxUncompressedBytes: 1 << 30,
+      scanProgram,
+      log: pino({ level: 'silent' }),
+    });
+  });
+  afterEach(() => rm(directory, { recursive: true }));
+
+  interface Opened {
+    readonly request: IndexRequest;
+    readonly blobs: MemoryBlob[];
+  }
+  const requestFor = (
+    content: Buffer,
+    claims: { digest?: string; diffId?: string } = {},
+    beforeRead?: (offset: number) => void | Promise<void>,
+  ): Opened => {
+    const blobs: MemoryBlob[] = [];
+    const open: IndexRequest['open'] = async () => {
+      const blob = new MemoryBlob(content, beforeRead);
+      blobs.push(blob);
+      return { reader: blob, forget: () => void blob.forgotten++ };
+    };
+    const { digest = sha256(content), diffId = '' } = claims;
+    return { request: { digest, size: content.length, diffId, open }, blobs };
+  };
+  const kept = async (): Promise<string[]> => {
+    const entries = await readdir(directory, { recursive: true, withFileTypes: true });
+    return entries.filter((found) => found.isFile()).map(({ name }) => name);
+  };
+
+  it('makes an index once for all who want it at the same time, and finds it afterwards', async () => {
+    const { request, blobs } = requestFor(bytes, { diffId: sha256(tar) });
+    const records = await Promise.all([1, 2, 3].map(() => indexer.ensure(request)));
+    expect(records[0]).toMatchObject({ digest: sha256(bytes), diffId: sha256(tar), tarSize: tar.length });
+    expect(new Set(records).size).toBe(1);
+    expect(await indexer.ensure(request)).toEqual(records[0]);
+    expect(blobs.map(({ closed, forgotten }) => ({ closed, forgotten }))).toEqual([
+      { closed: 1, forgotten: 0 },
+    ]);
+    expect(await kept()).toHaveLength(3);
+  });
+
+  it('indexes as many layers at once as it may, and no more', async () => {
+    let [reading, most] = [0, 0];
+    const requests = Array.from({ length: 5 }, (_, seed) =>
+      requestFor(gzipSync(tarOf(seed + 10, 100_000)), {}, async (offset) => {
+        if (offset > 0) return;
+        most = Math.max(most, ++reading);
+        await new Promise((resolve) => setImmediate(resolve));
+        reading--;
+      }),
+    );
+    await Promise.all(requests.map(({ request }) => indexer.ensure(request)));
+    expect(most).toBeLessThanOrEqual(2);
+    expect(await kept()).toHaveLength(15);
+  });
+
+  it.each([
+    ['blob', { digest: sha256(tar) }],
+    ['uncompressed', { diffId: sha256(bytes) }],
+  ])('refuses a layer of another digest (%s), forgets its bytes and keeps nothing', async (_, claims) => {
+    const { request, blobs } = requestFor(bytes, claims);
+    await expect(indexer.ensure(request)).rejects.toMatchObject({ name: 'ReadError', kind: 'corrupt' });
+    expect(blobs).toMatchObject([{ closed: 1, forgotten: 1 }]);
+    expect(await kept()).toEqual([]);
+  });
+
+  it('serves who is right when two disagree about what the layer unpacks to', async () => {
+    const wrong = requestFor(bytes, { diffId: sha256(bytes) });
+    const right = requestFor(bytes, { diffId: sha256(tar) });
+    for (const order of [
+      [wrong, right],
+      [right, wrong],
+    ]) {
+      const outcomes = await Promise.allSettled(order.map(({ request }) => indexer.ensure(request)));
+      for (const [at, outcome] of outcomes.entries()) {
+        expect(outcome.status).toBe(order[at] === right ? 'fulfilled' : 'rejected');
+      }
+    }
+    // The index that is there is nobody's fault: who is wrong does not take it away.
+    expect(right.blobs).toHaveLength(1);
+    expect(await kept()).toHaveLength(3);
+  });
+
+  const zstd = Buffer.concat([Buffer.from([0x28, 0xb5, 0x2f, 0xfd]), mixture(10_000, 5)]);
+  it.each([
+    ['gzip that is corrupt', Buffer.concat([bytes.subarray(0, 500_000), Buffer.alloc(50_000, 0xff)])],
+    ['gzip that is cut', bytes.subarray(0, bytes.length - 100)],
+    ['zstd', zstd],
+    ['text', Buffer.from('no layer')],
+    ['one byte', Buffer.of(0x1f)],
+    ['nothing', Buffer.alloc(0)],
+    ['gzip of text', gzipSync(mixture(50_000, 6))],
+    ['a tar that is cut', tar.subarray(0, 1_000_000)],
+  ])('says that %s cannot be indexed, forgets it and keeps nothing', async (_, content) => {
+    const { request, blobs } = requestFor(content);
+    const outcome = indexer.ensure(request);
+    await expect(outcome).rejects.toBeInstanceOf(NotIndexableError);
+    await expect(outcome).rejects.toThrow(request.digest);
+    expect(blobs).toMatchObject([{ closed: 1, forgotten: 1 }]);
+    expect(await kept()).toEqual([]);
+  });
+
+  it('passes on that the blob cannot be read, trusts what has come, and succeeds when it comes back', async () => {
+    let broken = true;
+    const failure = new ReadError('transient', 'the registry is away');
+    const large = gzipSync(tarOf(3, 12_000_000), { level: 1 });
+    const { request, blobs } = requestFor(large, {}, (offset) => {
+      if (broken && offset > 2_000_000) throw failure;
+    });
+    await expect(indexer.ensure(request)).rejects.toBe(failure);
+    expect(blobs).toMatchObject([{ closed: 1, forgotten: 0 }]);
+    expect(await kept()).toEqual([]);
+    broken = false;
+    expect(await indexer.ensure(request)).toMatchObject({ digest: sha256(large) });
+  });
+
+  it.each(['json', 'erofs', 'zwin'])(
+    'makes an index again whose .%s is damaged or gone',
+    async (extension) => {
+      const { request, blobs } = requestFor(bytes);
+      const record = await indexer.ensure(request);
+      const { record: json, tarindex, checkpoints } = indexer.files(request.digest);
+      const file = { json, erofs: tarindex, zwin: checkpoints }[extension] ?? '';
+      const good = await readFile(file);
+      await writeFile(file, good.subarray(0, good.length - 1 - (good.length >> 1)));
+      expect(await indexer.ensure(request)).toEqual(record);
+      expect(await readFile(file)).toEqual(good);
+      await rm(file);
+      expect(await indexer.ensure(request)).toEqual(record);
+      expect(await readFile(file)).toEqual(good);
+      expect(blobs).toHaveLength(3);
+    },
+  );
+
+  it('says so when its thread does not start', async () => {
+    const other = new LayerIndexer({
+      directory,
+      workers: 1,
+      spanSize: 1 << 20,
+      maxUncompressedBytes: 1 << 30,
+      scanProgram: new URL('./no-such-thread.js', import.meta.url),
+      log: pino({ level: 'silent' }),
+    });
+    const { request, blobs } = requestFor(bytes);
+    await expect(other.ensure(request)).rejects.toThrow(/no-such-thread/);
+    expect(blobs).toMatchObject([{ closed: 1, forgotten: 0 }]);
+  });
+});
