@@ -7,6 +7,7 @@ import { homedir } from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { execa, ExecaError } from 'execa';
+import { withMissingLibraries } from './missing-libraries.js';
 
 /** The root of this checkout, whether this module runs from the sources or from dist/. */
 export const checkout = findCheckout(path.dirname(fileURLToPath(import.meta.url)));
@@ -88,10 +89,7 @@ export async function installedProgram(name: string): Promise<string | undefined
   return undefined;
 }
 
-/**
- * A program as installed, or else fetched privately from the system's own suite. The libraries these programs need are
- * ones that apt, dpkg and util-linux need as well, so they are on every Debian system.
- */
+/** A program as installed, or else fetched privately from the system's own suite, with the libraries that are missing. */
 export async function program(name: Program): Promise<string> {
   const { package: packageName, file } = PROGRAMS[name];
   // A busybox that is installed may need libraries; the one for images must not.
@@ -103,7 +101,9 @@ export async function program(name: Program): Promise<string> {
     existsSync(candidate),
   );
   if (merged === undefined) throw new Error(`package ${packageName} of this system's suite has no ${file}`);
-  return merged;
+  return withMissingLibraries(merged, async (all) => {
+    await fetchPackagesScript(['--with-dependencies', 'system', all, packageName]);
+  });
 }
 
 /** Directory of the programs `containerd`, `ctr` and `containerd-shim-runc-v2` of containerd 2.x from Debian sid. */
