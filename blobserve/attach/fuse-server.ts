@@ -7,8 +7,10 @@
  * otherwise.
  *
  * Files are opened for direct I/O: EROFS keeps the pages it reads, so a second copy in FUSE's page cache would be waste;
- * and a direct read of the kernel's fails as a whole when a part of it fails. Through the page cache it would come back
- * short, and kernels before the fix of 2026 ("erofs: set fileio bio failed in short read case") fill the rest with zeros.
+ * and a direct read fails as a whole when any part of it fails. Through the page cache it would come back short, and
+ * kernels without the fix of 2026 ("erofs: set fileio bio failed in short read case") fill the rest with zeros. On
+ * Linux 6.12 that holds for reads of EROFS up to `FUSE_MAX_READ` (its readahead is 128 KiB): longer ones are several
+ * requests one after the other there, and side by side, failing together, on 6.18.
  *
  * The process that serves must never touch the mount itself: it would wait for its own answer.
  */
