@@ -41,9 +41,10 @@ for directory in $WRITABLE; do
 done
 
 mkdir -p /new/proc /new/sys /new/dev /new/run /new/tmp
-for directory in proc sys dev; do mount --move "/$directory" "/new/$directory"; done
-rm -r /dev
-ln -s /new/dev /dev
+# Mounted anew, not moved: this script goes on using its own.
+mount -t proc proc /new/proc
+mount -t sysfs sys /new/sys
+mount -t devtmpfs dev /new/dev
 mkdir -p /new/dev/pts /new/dev/shm
 mount -t devpts devpts /new/dev/pts
 mount -t tmpfs tmpfs /new/dev/shm
@@ -55,6 +56,14 @@ done
 ip link set lo up
 hostname vm
 
+# Calibrating the time-stamp counter on a busy host may go wrong by any factor. The kernel measures once more within two
+# seconds, and says so when both agree to 1 %.
+(
+  sleep 3
+  dmesg | grep -q 'Refined TSC clocksource calibration' ||
+    echo hpet >/sys/devices/system/clocksource/clocksource0/current_clocksource
+) &
+
 # Pipes and cats between the command and the ports: a port is no terminal and no file, and programs are surprised by it.
 mkfifo /rw/stdout /rw/stderr
 cat /rw/stdout >"$STDOUT" &
@@ -62,8 +71,11 @@ out=$!
 cat /rw/stderr >"$STDERR" &
 err=$!
 cp /command /new/run/vm-command
+# On top of the initramfs as switch_root does it: with a chroot alone, runc's mount namespaces would keep the initramfs as
+# their root, and processes that join them later would find themselves there.
 cd /new
-chroot /new /bin/bash /run/vm-command </dev/null >/rw/stdout 2>/rw/stderr
+mount --move . /
+chroot . /bin/bash /run/vm-command </dev/null >/rw/stdout 2>/rw/stderr
 status=$?
 
 # The last output drains; a process left behind may hold the pipes open, which is no reason to wait longer than 1 s.
