@@ -176,7 +176,8 @@ export function snapshotsImplementation(
         () => call.end(),
         (error: unknown) => {
           log.debug({ call: 'List', err: error }, 'refused');
-          call.destroy(Object.assign(new Error(), toServiceError(error)));
+          // Not `destroy`: a destroyed stream sends no status, and the client would wait for ever.
+          call.emit('error', toServiceError(error));
         },
       );
     }) as grpc.UntypedHandleCall,

@@ -5,9 +5,10 @@ import * as grpc from '@grpc/grpc-js';
 import type { snapshots } from '../../proto/messages.js';
 import { snapshotsService } from '../../proto/service.js';
 import { unaryCall } from '../../proto/unary-call.js';
+import { patience } from '../patience.js';
 
 /** Milliseconds: a call that hangs fails its test, by name. */
-const TIMEOUT = 60_000;
+const TIMEOUT = patience(60_000);
 
 export class SnapshotsClient {
   readonly #client: grpc.Client;
@@ -62,6 +63,7 @@ export class SnapshotsClient {
       requestSerialize,
       responseDeserialize as (bytes: Buffer) => snapshots.ListSnapshotsResponse,
       { filters },
+      { deadline: Date.now() + TIMEOUT },
     );
     const infos: snapshots.Info[] = [];
     for await (const message of stream as AsyncIterable<snapshots.ListSnapshotsResponse>) {
