@@ -41,7 +41,9 @@ async function childrenOf(pid: number): Promise<number[]> {
 }
 
 function row(name: string, { rss, pss }: Memory): void {
-  console.log(`${name.padEnd(28)} ${(rss / 1e6).toFixed(1).padStart(8)} ${(pss / 1e6).toFixed(1).padStart(8)}`);
+  console.log(
+    `${name.padEnd(28)} ${(rss / 1e6).toFixed(1).padStart(8)} ${(pss / 1e6).toFixed(1).padStart(8)}`,
+  );
 }
 
 const sum = (all: readonly Memory[]): Memory => ({
