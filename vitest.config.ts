@@ -1,11 +1,13 @@
 import { defineConfig } from 'vitest/config';
+import { patience } from './test/patience.js';
 
 export default defineConfig({
   test: {
     // Native modules (better-sqlite3, koffi) and descriptors do not mix with worker threads that vitest tears down.
     pool: 'forks',
-    testTimeout: 30_000,
-    hookTimeout: 60_000,
+    testTimeout: patience(30_000),
+    hookTimeout: patience(60_000),
+    expect: { poll: { timeout: patience(1000) } },
     projects: [
       {
         extends: true,
@@ -21,8 +23,8 @@ export default defineConfig({
           include: ['test/**/*.test.ts'],
           // Real daemons, mounts and ports: one file after the other.
           poolOptions: { forks: { singleFork: true } },
-          testTimeout: 180_000,
-          hookTimeout: 300_000,
+          testTimeout: patience(180_000),
+          hookTimeout: patience(300_000),
         },
       },
     ],

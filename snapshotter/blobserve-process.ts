@@ -73,6 +73,8 @@ export class BlobServeProcess {
   #startedAt = 0;
   #failures = 0;
   #stopped = false;
+  /** It has been asked to end: when it does, that is no death. */
+  #ending = false;
   #onStarted: (() => Promise<void>) | undefined;
   #onReleased: (() => void) | undefined;
   #ready: Promise<void> = Promise.resolve();
@@ -182,8 +184,23 @@ export class BlobServeProcess {
 
   /** Ends the process in order: it must have nothing attached, or `force`. */
   async shutdown(force: boolean): Promise<number> {
-    const { attached } = await this.client.shutdown(force);
-    if (attached > 0) return attached;
+    const serving = this.#identity;
+    // Its end may be seen before its answer.
+    this.#ending = true;
+    try {
+      const { attached } = await this.client.shutdown(force);
+      if (attached > 0) {
+        this.#ending = false;
+        if (serving !== undefined && !(await isRunning(serving))) this.#died(serving, 'it ended');
+        return attached;
+      }
+    } catch (error) {
+      // It may be gone before its answer is here.
+      if (serving === undefined || !(await waitForEnd(serving, END_TIMEOUT))) {
+        this.#ending = false;
+        throw error;
+      }
+    }
     this.#stopped = true;
     if (this.#identity !== undefined && !(await waitForEnd(this.#identity, END_TIMEOUT))) {
       await signalProcess(this.#identity, 'SIGKILL');
@@ -285,18 +302,20 @@ export class BlobServeProcess {
     });
     failed.catch(() => undefined);
     const answers = async (): Promise<ProcessIdentity> => {
-      const deadline = Date.now() + START_TIMEOUT;
+      const start = Date.now();
       for (;;) {
         const hello = await this.#ask();
         if (hello !== undefined && hello.pid === child.pid) {
           const identity = await processIdentity(hello.pid);
           if (identity !== undefined) return identity;
         }
-        if (Date.now() > deadline) {
+        const elapsed = Date.now() - start;
+        if (elapsed > START_TIMEOUT) {
           child.kill('SIGKILL');
           throw new Error(`the data plane (process ${child.pid}) gave no answer within ${START_TIMEOUT} ms`);
         }
-        await sleep(20);
+        // Asking takes processor time from who is to answer: the slower it all is, the less often.
+        await sleep(Math.min(Math.max(elapsed / 10, 20), 250));
       }
     };
     return Promise.race([answers(), failed]);
@@ -315,7 +334,7 @@ export class BlobServeProcess {
   }
 
   #died(identity: ProcessIdentity, how: string): void {
-    if (this.#stopped || this.#identity !== identity) return;
+    if (this.#stopped || this.#ending || this.#identity !== identity) return;
     this.#identity = undefined;
     this.#log.error({ pid: identity.pid, how }, 'the data plane died; starting another');
     if (Date.now() - this.#startedAt > STEADY_AFTER) this.#failures = 0;

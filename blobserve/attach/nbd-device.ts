@@ -106,8 +106,10 @@ async function loadModule(): Promise<string | undefined> {
   if (!result.failed) {
     return undefined;
   }
+  if (result.code === 'ENOENT') return 'no nbd module: modprobe is not installed';
   const said = result.stderr.trim().split('\n').at(-1) ?? '';
-  return `the kernel has no nbd, and loading it failed (modprobe nbd: ${said === '' ? result.originalMessage : said})`;
+  const why = said === '' ? (result.originalMessage ?? result.shortMessage) : said.replace(/^modprobe: /, '');
+  return `no nbd module: modprobe nbd: ${why}`;
 }
 
 /** @throws {AttachError} when the driver cannot have a device of this size */

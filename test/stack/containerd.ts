@@ -153,8 +153,8 @@ export async function startContainerd(options: ContainerdOptions): Promise<Conta
     const images = await list('image', 'ls');
     if (images.length > 0) await ctr('image', 'rm', '--sync', ...images);
   };
-  const stop = async (patience?: number): Promise<void> => {
-    await daemon.stop(patience);
+  const stop = async (limit?: number): Promise<void> => {
+    await daemon.stop(limit);
     // Only when empty: somebody else may have come to use them meanwhile.
     for (const directory of absent) await rmdir(directory).catch(() => undefined);
   };

@@ -5,6 +5,7 @@ import { spawn } from 'node:child_process';
 import { closeSync, openSync } from 'node:fs';
 import { readFile } from 'node:fs/promises';
 import { setTimeout as delay } from 'node:timers/promises';
+import { patience } from '../patience.js';
 
 export interface DaemonOptions {
   readonly name: string;
@@ -29,9 +30,9 @@ export interface Daemon {
   /**
    * SIGTERM, then SIGKILL for one that has not ended in time. Nothing happens when it has ended already.
    *
-   * @param patience milliseconds; default 20 000
+   * @param limit milliseconds; default 20 000
    */
-  stop(patience?: number): Promise<void>;
+  stop(limit?: number): Promise<void>;
   /** SIGKILL, as a crash would. */
   kill(): Promise<void>;
 }
@@ -59,15 +60,15 @@ export async function startDaemon(options: DaemonOptions): Promise<Daemon> {
     if (how === undefined) child.kill('SIGKILL');
     await ended;
   };
-  const stop = async (patience = 20_000): Promise<void> => {
+  const stop = async (limit = patience(20_000)): Promise<void> => {
     if (how !== undefined) return;
     child.kill('SIGTERM');
-    const timer = setTimeout(() => child.kill('SIGKILL'), patience);
+    const timer = setTimeout(() => child.kill('SIGKILL'), limit);
     await ended;
     clearTimeout(timer);
   };
 
-  const deadline = Date.now() + (options.readyTimeout ?? 60_000);
+  const deadline = Date.now() + (options.readyTimeout ?? patience(60_000));
   while (!(await options.ready())) {
     const late = Date.now() > deadline;
     if (how !== undefined || late) {

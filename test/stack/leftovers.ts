@@ -6,6 +6,7 @@ import { readdir, readFile, readlink, rm, rmdir } from 'node:fs/promises';
 import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { execa } from 'execa';
+import { patience } from '../patience.js';
 
 export interface Leftovers {
   /** Mount points below the directory, the last mounted first. */
@@ -62,16 +63,17 @@ export async function sweep(directory: string): Promise<void> {
 /** Unmounts everything at or below a directory, the last mounted first. */
 export async function unmountBelow(directory: string): Promise<void> {
   for (const mount of await findMounts(directory)) {
-    const ended = await execa('umount', [mount], { reject: false, timeout: 20_000 });
+    const ended = await execa('umount', [mount], { reject: false, timeout: patience(20_000) });
     // Busy, or its server is dead: out of sight at once, gone when the last user is.
-    if (ended.exitCode !== 0) await execa('umount', ['--lazy', mount], { reject: false, timeout: 20_000 });
+    if (ended.exitCode !== 0)
+      await execa('umount', ['--lazy', mount], { reject: false, timeout: patience(20_000) });
   }
 }
 
 async function killProcesses(directory: string): Promise<void> {
   const found = await findProcesses(directory);
   for (const { pid } of found) signal(pid, 'SIGKILL');
-  const deadline = Date.now() + 10_000;
+  const deadline = Date.now() + patience(10_000);
   while ((await findProcesses(directory)).length > 0 && Date.now() < deadline) await delay(20);
 }
 

@@ -7,7 +7,9 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { layout } from '../../daemon/layout.js';
 import type { control } from '../../proto/messages.js';
 import { BlobServeClient } from '../../snapshotter/blobserve-client.js';
+import { isRunning, processIdentity } from '../../snapshotter/process-identity.js';
 import { checkout } from '../debian/packages.js';
+import { patience } from '../patience.js';
 import type { ProxyPlugin } from './containerd.js';
 import { startDaemon, type Daemon } from './daemon-process.js';
 import { unmountBelow } from './leftovers.js';
@@ -32,7 +34,7 @@ export interface Snapshotter extends Daemon {
   /** Who serves, over which backend and why; undefined when none runs. */
   hello(): Promise<control.HelloResponse | undefined>;
   /** Ends the snapshotter alone, as a restart or an upgrade does: containers go on. */
-  stop(patience?: number): Promise<void>;
+  stop(limit?: number): Promise<void>;
   /** Ends the data plane too, by force when something is still attached. After {@link stop}. */
   stopServing(): Promise<void>;
 }
@@ -76,9 +78,10 @@ export async function startSnapshotter(options: SnapshotterOptions): Promise<Sna
       // Layers first: a device below a mount cannot go. The FUSE file system's own mount is blobserve's to end.
       await unmountBelow(path.join(root, 'snapshots'));
       await unmountBelow(layout(root).layers);
+      const serving = await processIdentity(server.pid);
       await ask(socket, (blobserve) => blobserve.shutdown(true));
-      const deadline = Date.now() + 15_000;
-      while ((await grpcAnswers(socket)) && Date.now() < deadline) await delay(20);
+      const deadline = Date.now() + patience(15_000);
+      while (serving && (await isRunning(serving)) && Date.now() < deadline) await delay(20);
     },
   };
 }

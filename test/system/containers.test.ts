@@ -13,9 +13,10 @@ import type { Registry } from '../stack/registry.js';
 import { SnapshotsClient } from '../stack/snapshots-client.js';
 import type { Snapshotter } from '../stack/snapshotter.js';
 import { Stack } from '../stack/stack.js';
+import { patience } from '../patience.js';
 import { compareTrees, readTree } from '../tree.js';
 import { withMounts } from './mounts.js';
-import { missingForSystemTests } from './requirements.js';
+import { backendOf, expectedBackend, missingForSystemTests } from './requirements.js';
 
 const missing = await missingForSystemTests();
 
@@ -64,6 +65,7 @@ describe('a container with native EROFS layers', () => {
 
   test('is pulled without its layers being downloaded', async () => {
     await pull();
+    expect(await backendOf(snapshotter)).toBe(await expectedBackend());
     const [config] = [image.config.digest].map((digest) => registry.traffic().get(digest)?.bytes ?? 0);
     // The first span of each layer, for its super block.
     expect(fetched() - (config ?? 0)).toBeLessThan(layerBytes(image));
@@ -118,12 +120,14 @@ describe('a container with native EROFS layers', () => {
 
   test('leaves nothing attached or mounted when its image is removed, and comes back from the cache', async () => {
     await containerd.ctr('image', 'rm', '--sync', reference);
-    await expect.poll(async () => (await snapshotter.devices())?.length, { timeout: 10_000 }).toBe(0);
+    await expect
+      .poll(async () => (await snapshotter.devices())?.length, { timeout: patience(10_000) })
+      .toBe(0);
     await expect
       .poll(
         async () => (await leftovers(stack.directory)).mounts.filter((mount) => mount.includes('/layers/')),
         {
-          timeout: 10_000,
+          timeout: patience(10_000),
         },
       )
       .toEqual([]);

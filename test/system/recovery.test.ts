@@ -12,7 +12,8 @@ import { leftovers } from '../stack/leftovers.js';
 import type { Registry } from '../stack/registry.js';
 import type { Snapshotter } from '../stack/snapshotter.js';
 import { Stack } from '../stack/stack.js';
-import { missingForSystemTests } from './requirements.js';
+import { patience } from '../patience.js';
+import { backendOf, expectedBackend, missingForSystemTests } from './requirements.js';
 
 const missing = await missingForSystemTests();
 
@@ -21,7 +22,7 @@ function readDevice(device: string): Promise<string> {
   // A child: this process must be able to wait for it while nobody serves the device.
   return execa('dd', [`if=${device}`, 'bs=64k', 'iflag=direct', 'status=none'], {
     encoding: 'buffer',
-    timeout: 90_000,
+    timeout: patience(90_000),
   }).then(async ({ stdout }) => (await execa('sha256sum', { input: stdout })).stdout.split(' ')[0] ?? '');
 }
 
@@ -66,7 +67,7 @@ describe('when a daemon is killed', () => {
             () => false,
           ),
         {
-          timeout: 30_000,
+          timeout: patience(30_000),
         },
       )
       .toBe(true);
@@ -86,6 +87,7 @@ describe('when a daemon is killed', () => {
   };
 
   test('the snapshotter: reads go on meanwhile, and the next one adopts the data plane', async () => {
+    expect(await backendOf(snapshotter)).toBe(await expectedBackend());
     const before = await servingPid();
     await snapshotter.kill();
     expect(await inWitness('a', 'cat', '/etc/motd')).toBe(TINY_GREETING.trimEnd());
