@@ -133,7 +133,8 @@ async function main(): Promise<void> {
     // A thread may be waiting in a read of /dev/fuse, so that leaving takes process.reallyExit's way: a signal.
     const leave = (): void => process.kill(process.pid, 'SIGKILL') as unknown as void;
     setTimeout(leave, STOP_TIMEOUT).unref();
-    controlServer.forceShutdown();
+    // In order, so that the answer to a Shutdown still leaves; calls that wait for a registry are not waited for.
+    controlServer.tryShutdown(() => undefined);
     server
       .close()
       .then(() => client.close())

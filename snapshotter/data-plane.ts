@@ -112,10 +112,6 @@ async function openFuseConnection(
   running: control.HelloResponse | undefined,
 ): Promise<FuseConnection> {
   const { layout, log } = options;
-  await mkdir(layout.fuse, { recursive: true, mode: 0o700 }).catch((error: NodeJS.ErrnoException) => {
-    // A dead FUSE mount answers ENOTCONN even to a look at its root; it is replaced below.
-    if (error.code !== 'EEXIST' && error.code !== 'ENOTCONN') throw error;
-  });
   const mounted = (await mountAt(layout.fuse)) !== undefined;
   if (mounted) {
     const kept = await takeKeptFuse(layout.fuseKeeper, log);
@@ -128,6 +124,8 @@ async function openFuseConnection(
     }
     await unmountDeadFuse(options);
   }
+  // Not before: while something is mounted there, every look at the directory waits for a process that serves it.
+  await mkdir(layout.fuse, { recursive: true, mode: 0o700 });
   const descriptor = openFuse();
   await keepFuse(layout.fuseKeeper, descriptor);
   return { descriptor, fresh: true };

@@ -1,0 +1,239 @@
+/**
+ * The windows between two steps: daemons and helpers that die, hang or are stopped in the middle of something.
+ */
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { mkdir, readdir, readFile } from 'node:fs/promises';
+import path from 'node:path';
+import { status } from '@grpc/grpc-js';
+import { execa } from 'execa';
+import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
+import { layout, type Layout } from '../../daemon/layout.js';
+import type { CallError } from '../../proto/unary-call.js';
+import { isRunning, readIdentity } from '../../snapshotter/process-identity.js';
+import { after, hang } from '../fault-server.js';
+import { type SmallErofs, smallErofs, withIdentity } from '../image/small-erofs.js';
+import { leftovers } from '../stack/leftovers.js';
+import { SnapshotsClient } from '../stack/snapshots-client.js';
+import type { Snapshotter } from '../stack/snapshotter.js';
+import { Stack } from '../stack/stack.js';
+import { LayerRegistry, type WantedLayer } from './layer-registry.js';
+import { missingForSystemTests } from './requirements.js';
+
+const missing = await missingForSystemTests();
+const CONFIGURATION = `version = 1
+[registry]
+response_timeout = "5s"
+[fetch]
+readahead = "0B"
+[cache]
+span_size = "4KiB"
+`;
+
+describe('the data plane', () => {
+  let stack: Stack;
+  let snapshotter: Snapshotter;
+  let client: SnapshotsClient;
+  let registry: LayerRegistry;
+  let small: SmallErofs;
+  let places: Layout;
+  let nextIdentity = 1;
+
+  const start = async (): Promise<void> => {
+    client?.close();
+    snapshotter = await stack.startSnapshotter({ configuration: CONFIGURATION });
+    client = new SnapshotsClient(snapshotter.plugin.address);
+  };
+
+  beforeAll(async () => {
+    if (missing !== undefined) return;
+    stack = await Stack.create();
+    registry = await LayerRegistry.start();
+    small = await smallErofs(stack.directory, 2 ** 20);
+    await start();
+    places = layout(snapshotter.plugin.root);
+  });
+  afterAll(async () => {
+    client?.close();
+    await registry?.server.close();
+    await stack?.remove();
+  });
+  afterEach(async () => {
+    if (missing !== undefined) return;
+    registry.server.behaveAgain();
+    for (const { name } of (await client.list()).reverse()) await client.remove(name);
+    await client.cleanup();
+    // An attach that was under way when its snapshotter died ends first, and is taken back then.
+    await expect
+      .poll(async () => (await snapshotter.devices()) ?? [], { timeout: 20_000, interval: 200 })
+      .toEqual([]);
+    await expect.poll(() => readdir(places.layers)).toEqual([]);
+  });
+
+  const test = (name: string, body: () => Promise<void>, needs: 'any' | 'fuse' = 'any'): void =>
+    it(name, async (context) => {
+      if (missing !== undefined) return context.skip(missing);
+      if (needs === 'fuse' && (await servingOver()) !== 'fuse')
+        return context.skip('layers come over nbd here');
+      await body();
+    });
+
+  const newLayer = (): WantedLayer => registry.addLayer(withIdentity(small.image, nextIdentity++));
+  const prepare = (layer: WantedLayer): Promise<grpcStatus> =>
+    client.prepare(`test/${layer.chainId}`, '', layer.labels).then(
+      () => status.OK,
+      (error: CallError) => error.code,
+    );
+  type grpcStatus = status;
+  const attach = async (layer: WantedLayer): Promise<string> => {
+    expect(await prepare(layer)).toBe(status.ALREADY_EXISTS);
+    const find = async () =>
+      (await snapshotter.devices())?.find(({ layerDigest }) => layerDigest === layer.digest);
+    // A snapshot that is there is answered for at once, while the data plane may be on its way.
+    await expect.poll(find, { timeout: 30_000 }).toBeDefined();
+    return path.join(places.layers, String((await find())?.layerId), 'fs');
+  };
+  const servingPid = async (): Promise<number> => (await snapshotter.hello())?.pid ?? 0;
+  const servingOver = async (): Promise<'nbd' | 'fuse'> => {
+    await attach(newLayer());
+    return (await snapshotter.hello())?.fuseMountPoint === '' ? 'nbd' : 'fuse';
+  };
+  /** A child reads: this process is the registry. */
+  const dataOf = async (directory: string): Promise<boolean> => {
+    const { stdout } = await execa('cat', [path.join(directory, 'data')], {
+      encoding: 'buffer',
+      timeout: 60_000,
+    });
+    return Buffer.from(stdout).equals(small.data);
+  };
+  const requested = (match: string): Promise<void> =>
+    expect.poll(() => registry.server.count(match), { timeout: 10_000 }).toBeGreaterThan(0);
+
+  test('that dies while a layer is looked up or attached is asked again, and nobody notices', async () => {
+    await attach(newLayer());
+    for (const what of ['/manifests/', '/blobs/']) {
+      const layer = newLayer();
+      registry.server.requests.length = 0;
+      registry.server.fail(what, hang);
+      const preparing = prepare(layer);
+      await requested(what);
+      process.kill(await servingPid(), 'SIGKILL');
+      expect(await preparing).toBe(status.ALREADY_EXISTS);
+      expect(await dataOf(await attach(layer))).toBe(true);
+    }
+  });
+
+  test('that dies while a layer is being mounted serves the mount when it is back', async () => {
+    const layer = newLayer();
+    registry.server.failAlways('/blobs/', after(30));
+    const preparing = prepare(layer);
+    for (let killed = 0; killed < 3; killed += 1) {
+      await new Promise((resolve) => registry.server.later(150, () => resolve(undefined)));
+      process.kill(await servingPid(), 'SIGKILL');
+      await expect.poll(servingPid, { timeout: 10_000 }).not.toBe(0);
+    }
+    expect(await preparing).toBe(status.ALREADY_EXISTS);
+    expect(await dataOf(await attach(layer))).toBe(true);
+  });
+
+  test(
+    'keeps its connection when the keeper was killed: the next snapshotter takes it from the process that serves',
+    async () => {
+      const directory = await attach(newLayer());
+      const before = await servingPid();
+      await snapshotter.kill();
+      const keeper = await readIdentity(places.fuseKeeper);
+      process.kill(keeper?.pid ?? 0, 'SIGKILL');
+      await start();
+      await attach(newLayer());
+      expect(await servingPid()).toBe(before);
+      expect(await dataOf(directory)).toBe(true);
+      const next = await readIdentity(places.fuseKeeper);
+      expect(next).not.toEqual(keeper);
+      expect(next !== undefined && (await isRunning(next))).toBe(true);
+    },
+    'fuse',
+  );
+
+  test(
+    'that was started and never mounted is replaced',
+    async () => {
+      await attach(newLayer());
+      for (const { name } of await client.list()) await client.remove(name);
+      await client.cleanup();
+      const before = await servingPid();
+      await snapshotter.kill();
+      await execa('umount', [places.fuse]);
+      await start();
+      expect(await dataOf(await attach(newLayer()))).toBe(true);
+      expect(await servingPid()).not.toBe(before);
+      await expect.poll(async () => readFile(`/proc/${before}/stat`).catch(() => 'gone')).toBe('gone');
+    },
+    'fuse',
+  );
+
+  test('that hangs is replaced, never joined by a second one', async () => {
+    const layer = newLayer();
+    await attach(layer);
+    const before = await servingPid();
+    await snapshotter.kill();
+    process.kill(before, 'SIGSTOP');
+    await start();
+    expect(await dataOf(await attach(layer))).toBe(true);
+    expect(await servingPid()).not.toBe(before);
+    const { processes } = await leftovers(stack.directory);
+    expect(processes.filter((command) => command.includes('blobserve/main.js'))).toHaveLength(1);
+  });
+
+  test('lets a layer go that was in use when its snapshot was removed, once it is free', async () => {
+    const layer = newLayer();
+    const directory = await attach(layer);
+    const user = spawn('sleep', ['600'], { cwd: directory, stdio: 'ignore' });
+    await once(user, 'spawn');
+    const [info] = await client.list();
+    await client.remove(info?.name ?? '');
+    await expect(client.cleanup()).rejects.toMatchObject({ code: status.FAILED_PRECONDITION });
+    // It still works for whoever uses it, and can be had again.
+    expect(await dataOf(directory)).toBe(true);
+    expect(await attach(layer)).toBe(directory);
+    expect(await dataOf(directory)).toBe(true);
+    const [again] = await client.list();
+    await client.remove(again?.name ?? '');
+    await expect(client.cleanup()).rejects.toMatchObject({ code: status.FAILED_PRECONDITION });
+    // Neither a restart of all makes it forget.
+    await snapshotter.kill();
+    process.kill(await servingPid(), 'SIGKILL');
+    await start();
+    expect(await dataOf(directory)).toBe(true);
+    user.kill('SIGKILL');
+    await once(user, 'exit');
+    await client.cleanup();
+    expect(await readdir(places.layers)).toEqual([]);
+  });
+
+  test('is left in order by a snapshotter stopped, or killed, in the middle of a Prepare', async () => {
+    for (const end of ['stop', 'kill'] as const) {
+      registry.server.requests.length = 0;
+      registry.server.failAlways('/blobs/', hang);
+      const preparing = prepare(newLayer());
+      await requested('/blobs/');
+      await snapshotter[end]();
+      expect(await preparing).not.toBe(status.ALREADY_EXISTS);
+      registry.server.behaveAgain();
+      await start();
+      expect(await client.list()).toEqual([]);
+      // The attach that was under way ends first.
+      await expect.poll(() => snapshotter.devices(), { timeout: 20_000 }).toEqual([]);
+      await expect.poll(() => readdir(places.layers)).toEqual([]);
+    }
+  });
+
+  test('has what no row speaks of unmounted and removed at the next start', async () => {
+    await snapshotter.kill();
+    const stray = path.join(places.layers, '4711', 'fs');
+    await mkdir(stray, { recursive: true });
+    await execa('mount', ['-t', 'tmpfs', 'none', stray]);
+    await start();
+    await expect.poll(() => readdir(places.layers), { timeout: 10_000 }).toEqual([]);
+  });
+});
