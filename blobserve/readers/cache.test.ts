@@ -516,6 +516,22 @@ describe('a cache whose files were damaged', () => {
     await again.whenComplete();
   });
 
+  it('keeps nothing that was under way when told that the blob is another one', async () => {
+    const next = new ScriptedReader(4 * SPAN, 'at once');
+    const reader = await open(next);
+    // Bytes are given to whoever waits before they are written, so these are not in the file yet.
+    await expectRead(reader, 0, SPAN);
+    next.answer = undefined;
+    const waiting = reader.read(Buffer.alloc(SPAN), 2 * SPAN);
+    reader.forget();
+    (await next.request(1)).finish();
+    await waiting;
+    await reader.settled();
+    expect(reader.statistics.cachedBytes).toBe(0);
+    await reader.close();
+    expect((await open(new ScriptedReader(4 * SPAN))).statistics.cachedBytes).toBe(0);
+  });
+
   it.each([
     ['another span size', { spanSize: 2 * SPAN }],
     ['the same digest in another directory', { dir: 'sub' }],

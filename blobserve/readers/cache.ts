@@ -197,9 +197,9 @@ export class CacheReader implements BlobReader {
     await this.#store.settled();
   }
 
-  /** Trusts nothing of what is in the file any more: the whole blob turned out to be another one. */
+  /** Trusts nothing of what is in the file any more, or on its way to it: the whole blob turned out to be another one. */
   forget(): void {
-    for (let span = 0; span < this.#store.spanCount; span++) this.#store.drop(span);
+    this.#store.forget();
     this.#requests.forget();
   }
 

@@ -46,6 +46,8 @@ interface PendingSpan {
   /** Set when the span has come, until it is in the file. */
   bytes: Buffer | undefined;
   waiters: Waiter[];
+  /** Whoever waits gets it, and it is not kept. */
+  forgotten: boolean;
 }
 
 /** Adjacent spans, from `first` to the one before `end`. */
@@ -139,9 +141,10 @@ export class SpanRequests {
     this.start();
   }
 
-  /** Forgets the spans that are in memory only. */
+  /** Forgets the spans that are in memory only, and keeps none of those under way. */
   forget(): void {
     this.#uncached.clear();
+    for (const pending of this.#pending.values()) pending.forgotten = true;
   }
 
   /** Rejects all who wait, closes the stage below, and waits until nothing is under way. */
@@ -173,7 +176,7 @@ export class SpanRequests {
 
   /** Makes an absent or unchecked span pending, and queues what gets its bytes. */
   #queue(span: number): PendingSpan {
-    const pending: PendingSpan = { bytes: undefined, waiters: [] };
+    const pending: PendingSpan = { bytes: undefined, waiters: [], forgotten: false };
     this.#pending.set(span, pending);
     if (this.#store.state(span) === SpanState.Unchecked) this.#checks.push(span);
     else this.#want(span);
@@ -221,7 +224,7 @@ export class SpanRequests {
     const buffer = this.#take(this.#rangeLength(range), 'background');
     if (buffer === undefined) return false;
     for (let span = range.first; span < range.end; span++) {
-      this.#pending.set(span, { bytes: undefined, waiters: [] });
+      this.#pending.set(span, { bytes: undefined, waiters: [], forgotten: false });
     }
     hint.first = range.end;
     this.#backgroundUnderWay++;
@@ -323,10 +326,10 @@ export class SpanRequests {
     const pending = this.#pending.get(span);
     if (pending === undefined) return;
     this.#deliver(pending, bytes);
-    const stored = await this.#store.write(span, bytes);
+    const stored = !pending.forgotten && (await this.#store.write(span, bytes));
     // The disk takes spans again: those in memory are to be fetched again, and kept.
     if (stored) this.#uncached.clear();
-    else if (!this.#closed) this.#uncached.set(span, Buffer.from(bytes));
+    else if (!this.#closed && !pending.forgotten) this.#uncached.set(span, Buffer.from(bytes));
     this.#pending.delete(span);
   }
 

@@ -53,6 +53,8 @@ export class SpanStore {
   #cachedBytes = 0;
   #suspended = false;
   #suspendedUntil = 0;
+  /** Counts up when all is forgotten: what was being written then does not count. */
+  #generation = 0;
   #closed = false;
 
   private constructor(options: SpanStoreOptions, spanCount: number) {
@@ -164,12 +166,13 @@ export class SpanStore {
   /**
    * Keeps a span that is not there yet; `bytes` must not change until the promise settles.
    *
-   * @returns false when the disk refused it
+   * @returns false when the disk refused it, or all was forgotten meanwhile
    */
   async write(span: number, bytes: Buffer): Promise<boolean> {
     if (this.#data === undefined || this.#map === undefined) return false;
     if (this.suspended) return false;
     const crc = crc32(bytes);
+    const generation = this.#generation;
     try {
       await this.#data.write(bytes, span * this.#options.spanSize);
     } catch (error) {
@@ -180,10 +183,17 @@ export class SpanStore {
       this.#suspended = false;
       this.#options.log.info({ digest: this.#options.digest }, 'cache disk works again');
     }
+    if (generation !== this.#generation) return false;
     if (this.#states[span] === SpanState.Absent) this.#cachedBytes += bytes.length;
     this.#states[span] = SpanState.Ready;
     this.#map.mark(span, crc);
     return true;
+  }
+
+  /** Trusts no span any more, nor any that is being written at this moment. */
+  forget(): void {
+    this.#generation++;
+    for (let span = 0; span < this.spanCount; span++) this.drop(span);
   }
 
   /** Trusts the span no more. */
