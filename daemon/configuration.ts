@@ -79,7 +79,7 @@ const schema = z.strictObject({
     .strictObject({
       build: z.boolean().default(true),
       workers: z.int().min(1).max(64).default(2),
-      span_size: size('4MiB', '64KiB', '64MiB'),
+      span_size: size('512KiB', '64KiB', '64MiB'),
       max_uncompressed: size('64GiB', '1MiB', '8TiB'),
     })
     .prefault({}),

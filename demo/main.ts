@@ -14,20 +14,26 @@ import { PREFIX, runDemo, type DemoChoices, type DemoResult } from './run-demo.j
 
 const USAGE = `usage: npm run demo [-- OPTIONS]
 
-  --native       native EROFS layers (the default)
-  --lz4          the same, compressed with lz4hc
-  --gzip         tar.gz layers, as registries have them
+  (none)         tar.gz layers, as registries have them, unchanged: a first pull that indexes them, a second from the
+                 cache, and a lazy start with the index alone
+  --tar          the same with tar layers
+  --native       native EROFS layers, compressed with lz4hc: one cold start
+  --uncompressed with --native: not compressed
   --overlayfs    containerd's own snapshotter and tar.gz layers, to compare with
   --help         this text`;
 
 function choose(): DemoChoices | undefined {
   const flag = { type: 'boolean', default: false } as const;
   const { values } = parseArgs({
-    options: { native: flag, lz4: flag, gzip: flag, overlayfs: flag, help: flag },
+    options: { native: flag, uncompressed: flag, tar: flag, overlayfs: flag, help: flag },
   });
   if (values.help) return undefined;
+  if (values.native && (values.tar || values.overlayfs))
+    throw new Error('--native goes with neither --tar nor --overlayfs');
+  if (values.uncompressed && !values.native) throw new Error('--uncompressed goes with --native');
+  const native = values.uncompressed ? 'erofs' : 'erofs-lz4hc';
   return {
-    format: values.gzip || values.overlayfs ? 'tar+gzip' : values.lz4 ? 'erofs-lz4hc' : 'erofs',
+    format: values.native ? native : values.tar ? 'tar' : 'tar+gzip',
     snapshotter: values.overlayfs ? 'overlayfs' : 'erofs-nbd',
   };
 }
