@@ -172,23 +172,6 @@ describe('a container with native EROFS layers', () => {
     }
   });
 
-  test('of another kind of layers is downloaded and unpacked as overlayfs does it', async () => {
-    const classic = await buildTinyImage({ format: 'tar+gzip' });
-    const name = await registry.push(classic, 'classic:latest');
-    await containerd.ctr('image', 'pull', '--plain-http', '--snapshotter', 'erofs-nbd', name);
-    const { stdout } = await containerd.ctr(
-      'run',
-      '--rm',
-      '--snapshotter',
-      'erofs-nbd',
-      name,
-      'classic',
-      'cat',
-      '/etc/motd',
-    );
-    expect(stdout).toBe(TINY_GREETING.trimEnd());
-  });
-
   test('leaves nothing at all when everything is removed and stopped', async () => {
     await containerd.removeAll();
     expect(await stack.stop()).toEqual([]);
