@@ -11,7 +11,8 @@ import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
 import { layout } from '../../daemon/layout.js';
 import { snapshots } from '../../proto/messages.js';
 import { SUPER_BLOCK, SUPER_OFFSET } from '../../blobserve/layer/erofs/format.js';
-import { CallError } from '../../proto/unary-call.js';
+import { snapshotsService } from '../../proto/service.js';
+import { CallError, unaryCall } from '../../proto/unary-call.js';
 import {
   after,
   dropAt,
@@ -42,7 +43,7 @@ connect_timeout = "500ms"
 response_timeout = "500ms"
 stall_timeout = "500ms"
 [fetch]
-read_deadline = "1s"
+read_deadline = "500ms"
 readahead = "0B"
 [cache]
 span_size = "4KiB"
@@ -395,11 +396,7 @@ describe('Prepare', () => {
     const layer = goodLayer();
     registry.server.failAlways('/', after(200));
     const channel = new grpc.Client(`unix:${snapshotter.plugin.address}`, grpc.credentials.createInsecure());
-    const {
-      path: method,
-      requestSerialize,
-      responseDeserialize,
-    } = (await import('../../proto/service.js')).snapshotsService.prepare;
+    const { path: method, requestSerialize, responseDeserialize } = snapshotsService.prepare;
     const cancelled = new Promise<grpc.status>((resolve) => {
       const call = channel.makeUnaryRequest(
         method,
@@ -473,5 +470,22 @@ describe('Prepare', () => {
       });
     }
     test('(nothing at all) says no', () => expectRefused(client.prepare(''), status.INVALID_ARGUMENT));
+  });
+
+  test('answers one plugin: another name on the same root is refused, and told whose it is', async () => {
+    const channel = new grpc.Client(`unix:${snapshotter.plugin.address}`, grpc.credentials.createInsecure());
+    const prepareAs = (name: string, key: string): Promise<unknown> =>
+      unaryCall(channel, snapshotsService.prepare, { snapshotter: name, key }, 10_000);
+    try {
+      await prepareAs('first', 'a');
+      await expect(prepareAs('second', 'b')).rejects.toMatchObject({
+        code: status.FAILED_PRECONDITION,
+        message: expect.stringMatching(/"first".*"second".*--root/) as string,
+      });
+      await prepareAs('first', 'c');
+      expect((await client.list()).map(({ name }) => name)).toEqual(['a', 'c']);
+    } finally {
+      channel.close();
+    }
   });
 });
