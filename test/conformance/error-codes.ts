@@ -187,8 +187,19 @@ export async function compareRefusals(sockets: {
         why: refusal.overlayfs?.why,
       });
     }
-    for (const client of [ours, overlayfs]) {
-      for (const key of ['view', 'bare', 'active', 'child', 'base']) await client.remove(key);
+    for (const key of ['view', 'bare', 'active', 'child', 'base']) {
+      const answers = {
+        ours: await codeOf(ours.remove(key)),
+        overlayfs: await codeOf(overlayfs.remove(key)),
+      };
+      if (answers.ours === OK && answers.overlayfs === OK) continue;
+      results.push({
+        name: `remove of ${key} in the end`,
+        ours: status[answers.ours],
+        overlayfs: status[answers.overlayfs],
+        trouble: 'both should remove it',
+        why: undefined,
+      });
     }
   } finally {
     ours.close();
