@@ -128,6 +128,7 @@ async function threeStarts(node: Node, signal: AbortSignal): Promise<Start[]> {
   say(`  ${dim('2. The image is removed and pulled again: its blobs are in the cache.')}`);
   await node.removeImage();
   const second = await node.start('-2');
+  if (second.bytes > 0) throw new Error(`${second.bytes} bytes of layers were fetched that are in the cache`);
   signal.throwIfAborted();
   say();
   say(`  ${dim('3. Removed again, and the cache emptied; the small indexes stay: a lazy start.')}`);
@@ -182,7 +183,7 @@ class Node {
       );
       const part = ((100 * bytes) / layerBytes(this.image)).toFixed(1);
       const after = seconds(pulled, first.at).toFixed(1);
-      return [first, `first output after ${after} s, with ${part} % of the image`];
+      return [first, `first output after ${after} s, ${part} % of the image`];
     });
     if (!output.startsWith(GREETING))
       throw new Error(`the container printed something else than it should: ${output}`);

@@ -9,6 +9,7 @@ import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { GzipIndexer } from '../../blobserve/layer/gzip/indexer.js';
 import { packWindow, ZwinIndex, ZwinWriter } from '../../blobserve/layer/gzip/zwin.js';
+import { parseConfiguration } from '../../daemon/configuration.js';
 import type { BlobReader } from '../../blobserve/readers/blob-reader.js';
 import { FileReader } from '../../blobserve/readers/file.js';
 import { GunzipReader } from '../../blobserve/readers/gunzip.js';
@@ -91,6 +92,7 @@ async function indexLayer(
   const writer = await ZwinWriter.create(container);
   const points: Parameters<ZwinWriter['add']>[] = [];
   const indexer = new GzipIndexer({
+    spanSize: parseConfiguration('', 'default').index.span_size,
     maxUncompressedBytes: Number.MAX_SAFE_INTEGER,
     onCheckpoint: (point) => points.push([{ ...point }, packWindow(point.window)]),
   });
