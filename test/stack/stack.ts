@@ -2,6 +2,8 @@
  * A whole stack in a private directory: registry, snapshotter, containerd, each started when asked for and stopped in
  * the order that lets each finish: containers, containerd, snapshotter, data plane, registry.
  */
+import { copyFile, readdir } from 'node:fs/promises';
+import path from 'node:path';
 import { startContainerd, type Containerd, type ContainerdOptions, type ProxyPlugin } from './containerd.js';
 import { sweep } from './leftovers.js';
 import { createPrivateDirectory } from './private-directory.js';
@@ -62,7 +64,21 @@ export class Stack {
   /** Stops everything, takes away by force what is still there, and removes the directory. */
   async remove(): Promise<string[]> {
     const troubles = await this.stop();
+    await this.#keepLogs();
     await sweep(this.directory).catch((error: unknown) => troubles.push(String(error)));
     return troubles;
+  }
+
+  /** For whoever looks for the cause of a failure when the directory is gone: into `EROFS_NBD_TEST_LOGS`. */
+  async #keepLogs(): Promise<void> {
+    const kept = process.env['EROFS_NBD_TEST_LOGS'];
+    if (!kept) return;
+    const names = (await readdir(this.directory).catch(() => [])).filter((name) => name.endsWith('.log'));
+    for (const name of names) {
+      await copyFile(
+        path.join(this.directory, name),
+        path.join(kept, `${path.basename(this.directory)}-${name}`),
+      );
+    }
   }
 }

@@ -1,5 +1,5 @@
 /**
- * The nbd backend against a real kernel, run by test/vm/nbd-device.test.ts inside the test VM (or by hand as root on a
+ * The nbd backend against a real kernel, run by test/vm/guest/system-tests.sh inside the test VM (or by hand as root on a
  * machine with nbd). Serving happens in processes of its own: this one reads the devices. Prints one line per check and
  * ends with status 1 at the first that fails.
  */
@@ -336,7 +336,7 @@ const PATTERN_READER: BlobReader = {
   },
 };
 
-for (const [name, check] of checks) {
+for (const [index, [name, check]] of checks.entries()) {
   const start = performance.now();
   try {
     await check();
@@ -344,6 +344,9 @@ for (const [name, check] of checks) {
     console.log(`not ok - ${name}`);
     console.log(error);
     console.log(await listNbdDevices());
+    // What the failed one has left would spoil them.
+    for (const [later] of checks.slice(index + 1))
+      console.log(`skipped - ${later}: the check before it failed`);
     process.exit(1);
   }
   console.log(`ok - ${name} (${Math.round(performance.now() - start)} ms)`);

@@ -1,0 +1,68 @@
+#!/bin/bash
+# The end-to-end tests with the nbd backend, on a Debian kernel that has nbd, in one boot of the test machine:
+#
+#   test-vm.sh [TEST-FILE...]        default: test/system/{containers,recovery}.test.ts
+#
+# The last line is one JSON object with the counts, the one before it says them in words; the status is 0 when nothing
+# failed. What this host cannot run counts as skipped, with its reason. Needs the checkout built (npm run build).
+#
+#   VM_KERNEL=sid                    Debian's newest kernel instead of 6.12
+#   EROFS_NBD_SLOW=6                 how many times longer than outside tests wait
+#   VM_TIMEOUT=1080                  seconds for all of it
+set -uo pipefail
+HERE=$(dirname -- "$(realpath -- "$0")")
+cd "$HERE/../.."
+[ $# -gt 0 ] || set -- test/system/containers.test.ts test/system/recovery.test.ts
+
+OUTPUT=$(mktemp)
+trap 'rm -f "$OUTPUT"' EXIT
+
+# Counts from the output so far; $1: the guest's status or `skip`, $2: the reason for skipping.
+finish() {
+  GUEST=$1 REASON=${2:-} node -e '
+    const lines = require("node:fs").readFileSync(process.argv[1], "utf8").split("\n");
+    const { GUEST, REASON } = process.env;
+    const counts = { passed: 0, failed: 0, skipped: 0 };
+    const count = (what, prefix) => (counts[what] += lines.filter((line) => line.startsWith(prefix)).length);
+    count("passed", "ok - "), count("failed", "not ok - "), count("skipped", "skipped - ");
+    let finished = 0;
+    for (const line of lines.filter((line) => line.startsWith(`{"passed":`))) {
+      finished++;
+      for (const [what, number] of Object.entries(JSON.parse(line))) counts[what] += number;
+    }
+    if (GUEST === "skip") {
+      counts.skipped++;
+      console.log(`skipped: ${REASON}`);
+    } else if (counts.failed === 0 && (GUEST !== "0" || finished !== 1)) {
+      counts.failed++;
+      console.log(`the tests ended with status ${GUEST} before they had counted everything`);
+    }
+    const ok = counts.failed === 0;
+    const kernel = /^kernel (.+)$/m.exec(lines.join("\n"))?.[1];
+    console.log(`${counts.passed} passed, ${counts.failed} failed, ${counts.skipped} skipped`);
+    console.log(JSON.stringify({ ok, kernel: kernel ?? null, attach: kernel === undefined ? null : "nbd", ...counts }));
+    process.exitCode = ok ? 0 : 1;' "$OUTPUT"
+  exit
+}
+skip() { finish skip "$1"; }
+
+[ "$(uname -m)" = x86_64 ] || skip "the test machine is an x86_64 one, this host is $(uname -m)"
+[ "$(id -u)" = 0 ] || skip 'not root: images with owners and devices cannot be built'
+command -v mkfs.ext4 >/dev/null || skip 'no mkfs.ext4: apt-get install e2fsprogs'
+available=$(awk '/^MemAvailable:/ { print int($2 / 1024) }' /proc/meminfo)
+# The machine's 3 GiB, of which it fills about two, and what QEMU keeps of translated code.
+[ "$available" -ge 3500 ] || skip "$available MiB of memory available, 3500 are needed"
+if ! trouble=$("$HERE/setup.sh" 2>&1); then
+  skip "the packages of the test machine cannot be had: $(tail -n 1 <<<"$trouble")"
+fi
+[ -f dist/test/vm/prefetch.js ] || npm run -s build || finish build
+if ! trouble=$(node dist/test/vm/prefetch.js 2>&1); then
+  echo "$trouble"
+  grep -qE 'cannot (fetch|download|read the package lists)' <<<"$trouble" ||
+    finish prefetch
+  skip "what the tests need cannot be downloaded: $(tail -n 1 <<<"$trouble")"
+fi
+
+VM_TIMEOUT=${VM_TIMEOUT:-1080} VM_MEMORY=${VM_MEMORY:-3G} VM_MODULES='overlay erofs nbd loop ext4' \
+  "$HERE/run.sh" bash test/vm/guest/system-tests.sh "$@" 2>&1 | tee "$OUTPUT"
+finish "${PIPESTATUS[0]}"
