@@ -37,6 +37,16 @@ describe('the mounts of a snapshot', () => {
     ).toEqual([{ type: 'bind', source: '/r/layers/2/fs', target: '', options: ['ro', 'rbind'] }]);
   });
 
+  it('have a layer that the image repeats once, where it is topmost', () => {
+    const lower = ['/a', '/b', '/a'];
+    expect(snapshotMounts({ kind: 'active', directory, lower, options: [] })[0]?.options.at(-1)).toBe(
+      'lowerdir=/a:/b',
+    );
+    expect(snapshotMounts({ kind: 'view', directory, lower: ['/a', '/a'], options: [] })[0]?.source).toBe(
+      '/a',
+    );
+  });
+
   it('of a view of several parents are an overlay without an upper', () => {
     const [mount] = snapshotMounts({ kind: 'view', directory, lower: ['/a', '/b'], options: ['index=off'] });
     expect(mount?.options).toEqual(['index=off', 'lowerdir=/a:/b']);

@@ -20,7 +20,10 @@ export interface OverlayInput {
 }
 
 /** The mounts of an active snapshot or a view. */
-export function snapshotMounts({ kind, directory, lower, options }: OverlayInput): Mount[] {
+export function snapshotMounts({ kind, directory, options, lower: parents }: OverlayInput): Mount[] {
+  // Overlay refuses a directory given twice (ELOOP), and images may repeat a layer. The topmost decides: whatever the same
+  // layer would show further down, it shows on top already.
+  const lower = [...new Set(parents)];
   const access = kind === 'view' ? 'ro' : 'rw';
   if (lower.length === 0) {
     return [{ type: 'bind', source: `${directory}/fs`, target: '', options: [access, 'rbind'] }];

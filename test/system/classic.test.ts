@@ -264,14 +264,12 @@ describe('images that share layers', () => {
       references.push(await lab.registry.push(image, `shared-${number}:latest`));
     }
     await Promise.all(references.map((reference) => lab.pull(reference)));
-    // The last is pulled only: this test is about what is fetched and attached.
     const printed = await Promise.all(
-      references
-        .slice(0, 3)
-        .map((reference, number) => lab.run(reference, `shared-${number}`, 'cat', '/etc/motd')),
+      references.map((reference, number) => lab.run(reference, `shared-${number}`, 'cat', '/etc/motd')),
     );
     const [fromTop, fromMiddle] = [TINY_GREETING.trimEnd(), 'from the middle layer'];
-    expect(printed).toEqual([fromTop, fromTop, fromMiddle]);
+    // The last has one layer twice, as old images have the empty one.
+    expect(printed).toEqual([fromTop, fromTop, fromMiddle, fromMiddle]);
     for (const { digest, size } of tiny.layers)
       expect(lab.registry.traffic().get(digest)?.bytes, digest).toBe(size);
     expect((await lab.snapshotter.devices())?.length).toBe(tiny.layers.length);
