@@ -7,6 +7,7 @@ import { execa } from 'execa';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { buildTinyImage, TINY_GREETING } from '../image/tiny-image.js';
 import type { Image } from '../image/oci-layout.js';
+import { control } from '../../proto/messages.js';
 import type { Containerd } from '../stack/containerd.js';
 import { leftovers } from '../stack/leftovers.js';
 import type { Registry } from '../stack/registry.js';
@@ -82,8 +83,15 @@ describe('when a daemon is killed', () => {
   const expectDevicesWhole = async (): Promise<void> => {
     const devices = (await snapshotter.devices()) ?? [];
     expect(devices.length).toBe(image.layers.length);
-    for (const device of devices)
-      expect(`sha256:${await readDevice(device.path ?? '')}`).toBe(device.layerDigest);
+    for (const { path: node, backend, layerDigest } of devices) {
+      const device = node ?? '';
+      if (backend === control.Backend.NBD) {
+        // What the kernel has by itself, 30 s, is how long readers in flight would wait after a reconnect.
+        const timeout = await readFile(`/sys/block/${path.basename(device)}/queue/io_timeout`, 'utf8');
+        expect(timeout.trim()).toBe('1000');
+      }
+      expect(`sha256:${await readDevice(device)}`).toBe(layerDigest);
+    }
   };
 
   test('the snapshotter: reads go on meanwhile, and the next one adopts the data plane', async () => {

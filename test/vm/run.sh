@@ -12,6 +12,7 @@
 #   VM_WRITABLE="/a /b"    directories of this machine that the command may write to
 #   VM_MODULES="..."       kernel modules to load, beside those the machine needs
 #   VM_NBDS=8              how many nbd devices the module makes when it is loaded
+#   VM_KERNEL=sid          the kernel of that Debian suite instead of 6.12
 #   VM_DEBUG=1             kernel messages and console on stderr
 #   VM_KEEP=1              keep the directory of the run
 #
@@ -25,7 +26,7 @@ set -euo pipefail
 HERE=$(dirname -- "$(realpath -- "$0")")
 VM=$(realpath -m -- "${EROFS_NBD_CACHE:-$HOME/.cache/erofs-nbd}")/vm
 TOOLS=$VM/tools
-KERNEL=$VM/kernel
+KERNEL=$VM/kernel${VM_KERNEL:+-$VM_KERNEL}
 CACHE=$VM/cache
 MODULES=${VM_MODULES:-overlay erofs nbd loop}
 read -ra WRITABLE <<<"${VM_WRITABLE:-}"
