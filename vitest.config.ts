@@ -13,6 +13,7 @@ export default defineConfig({
         extends: true,
         test: {
           name: 'unit',
+          sequence: { groupOrder: 0 },
           include: ['{daemon,proto,metadata,snapshotter,blobserve,cli}/**/*.test.ts'],
         },
       },
@@ -23,6 +24,10 @@ export default defineConfig({
           include: ['test/**/*.test.ts'],
           // Real daemons, mounts and ports: one file after the other.
           poolOptions: { forks: { singleFork: true } },
+          // After the unit tests, which use every core.
+          sequence: { groupOrder: 1 },
+          // What is polled for ends well sooner or later; how soon is the machine's affair.
+          expect: { poll: { timeout: patience(30_000) } },
           testTimeout: patience(180_000),
           hookTimeout: patience(300_000),
         },

@@ -90,7 +90,7 @@ class Lab {
   /** Removes images and waits until nothing is attached any more. */
   async removeImages(...references: string[]): Promise<void> {
     await this.containerd.ctr('image', 'rm', '--sync', ...references);
-    await expect.poll(async () => (await this.snapshotter.devices())?.length, { timeout: 20_000 }).toBe(0);
+    await expect.poll(async () => (await this.snapshotter.devices())?.length, { timeout: 60_000 }).toBe(0);
   }
 
   /** Digests that containerd keeps in its own content store. */

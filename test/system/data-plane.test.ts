@@ -107,7 +107,7 @@ describe('the data plane', () => {
     return Buffer.from(stdout).equals(small.data);
   };
   const requested = (match: string): Promise<void> =>
-    expect.poll(() => registry.server.count(match), { timeout: 10_000 }).toBeGreaterThan(0);
+    expect.poll(() => registry.server.count(match), { timeout: 60_000 }).toBeGreaterThan(0);
 
   test('that dies while a layer is looked up or attached is asked again, and nobody notices', async () => {
     await attach(newLayer());
@@ -130,7 +130,7 @@ describe('the data plane', () => {
     for (let killed = 0; killed < 3; killed += 1) {
       await new Promise((resolve) => registry.server.later(150, () => resolve(undefined)));
       process.kill(await servingPid(), 'SIGKILL');
-      await expect.poll(servingPid, { timeout: 10_000 }).not.toBe(0);
+      await expect.poll(servingPid, { timeout: 60_000 }).not.toBe(0);
     }
     expect(await preparing).toBe(status.ALREADY_EXISTS);
     expect(await dataOf(await attach(layer))).toBe(true);
@@ -207,8 +207,14 @@ describe('the data plane', () => {
     expect(await dataOf(directory)).toBe(true);
     user.kill('SIGKILL');
     await once(user, 'exit');
-    await client.cleanup();
-    expect(await readdir(places.layers)).toEqual([]);
+    // A cleanup leaves a layer alone that recovery is at work on, and fails at one that was busy a moment ago: what it
+    // promises is that one of the next will free it.
+    await expect
+      .poll(async () => {
+        await client.cleanup().catch(() => undefined);
+        return readdir(places.layers);
+      })
+      .toEqual([]);
   });
 
   test('is left in order by a snapshotter stopped, or killed, in the middle of a Prepare', async () => {
@@ -223,7 +229,7 @@ describe('the data plane', () => {
       await start();
       expect(await client.list()).toEqual([]);
       // The attach that was under way ends first.
-      await expect.poll(() => snapshotter.devices(), { timeout: 20_000 }).toEqual([]);
+      await expect.poll(() => snapshotter.devices(), { timeout: 60_000 }).toEqual([]);
       await expect.poll(() => readdir(places.layers)).toEqual([]);
     }
   });
@@ -234,6 +240,6 @@ describe('the data plane', () => {
     await mkdir(stray, { recursive: true });
     await execa('mount', ['-t', 'tmpfs', 'none', stray]);
     await start();
-    await expect.poll(() => readdir(places.layers), { timeout: 10_000 }).toEqual([]);
+    await expect.poll(() => readdir(places.layers), { timeout: 60_000 }).toEqual([]);
   });
 });

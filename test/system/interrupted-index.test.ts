@@ -114,9 +114,9 @@ describe('a first pull that is interrupted', () => {
 
   /** Waits until nothing more comes, and what came is kept. */
   const untilStuck = async (): Promise<number[]> => {
-    await expect.poll(() => gate.waiting, { timeout: 20_000 }).toBeGreaterThan(0);
+    await expect.poll(() => gate.waiting, { timeout: 60_000 }).toBeGreaterThan(0);
     expect(gate.answered).toHaveLength(9);
-    await expect.poll(() => cachedSpans(snapshotter.plugin.root, wanted.digest), { timeout: 10_000 }).toBe(9);
+    await expect.poll(() => cachedSpans(snapshotter.plugin.root, wanted.digest), { timeout: 60_000 }).toBe(9);
     return [...gate.answered];
   };
 
@@ -139,7 +139,7 @@ describe('a first pull that is interrupted', () => {
     expect(gate.answered).toHaveLength(spans);
     await client.remove('look');
     await client.remove(layer?.name ?? '');
-    await expect.poll(async () => (await snapshotter.devices())?.length, { timeout: 20_000 }).toBe(0);
+    await expect.poll(async () => (await snapshotter.devices())?.length, { timeout: 60_000 }).toBe(0);
   };
 
   test('by the death of the data plane goes on in the next one, and fetches the rest only', async () => {
