@@ -45,6 +45,18 @@ describe('the data plane', () => {
     client = new SnapshotsClient(snapshotter.plugin.address);
   };
 
+  /** containerd calls Cleanup after every removal: one of them frees what was busy or under way at the one before. */
+  const untilFreed = (): Promise<void> =>
+    expect
+      .poll(
+        async () => {
+          await client.cleanup().catch(() => undefined);
+          return readdir(places.layers);
+        },
+        { timeout: 100_000, interval: 500 },
+      )
+      .toEqual([]);
+
   beforeAll(async () => {
     if (missing !== undefined) return;
     stack = await Stack.create();
@@ -65,9 +77,9 @@ describe('the data plane', () => {
     await client.cleanup();
     // An attach that was under way when its snapshotter died ends first, and is taken back then.
     await expect
-      .poll(async () => (await snapshotter.devices()) ?? [], { timeout: 20_000, interval: 200 })
+      .poll(async () => (await snapshotter.devices()) ?? [], { timeout: 100_000, interval: 200 })
       .toEqual([]);
-    await expect.poll(() => readdir(places.layers)).toEqual([]);
+    await untilFreed();
   });
 
   const test = (name: string, body: () => Promise<void>, needs: 'any' | 'fuse' = 'any'): void =>
@@ -207,14 +219,7 @@ describe('the data plane', () => {
     expect(await dataOf(directory)).toBe(true);
     user.kill('SIGKILL');
     await once(user, 'exit');
-    // A cleanup leaves a layer alone that recovery is at work on, and fails at one that was busy a moment ago: what it
-    // promises is that one of the next will free it.
-    await expect
-      .poll(async () => {
-        await client.cleanup().catch(() => undefined);
-        return readdir(places.layers);
-      })
-      .toEqual([]);
+    await untilFreed();
   });
 
   test('is left in order by a snapshotter stopped, or killed, in the middle of a Prepare', async () => {
@@ -229,8 +234,8 @@ describe('the data plane', () => {
       await start();
       expect(await client.list()).toEqual([]);
       // The attach that was under way ends first.
-      await expect.poll(() => snapshotter.devices(), { timeout: 60_000 }).toEqual([]);
-      await expect.poll(() => readdir(places.layers)).toEqual([]);
+      await expect.poll(() => snapshotter.devices(), { timeout: 100_000 }).toEqual([]);
+      await untilFreed();
     }
   });
 
