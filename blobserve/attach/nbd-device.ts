@@ -12,6 +12,7 @@ import { IoctlConnector } from './nbd-ioctl.js';
 import { NBD_BLOCK_SIZE, NetlinkConnector } from './nbd-netlink.js';
 import {
   type NbdDeviceState,
+  disableScheduler,
   listNbdDevices,
   nbdDevice,
   nbdPath,
@@ -149,6 +150,7 @@ export async function connectDevice(
 /** Waits until a new device can be opened by others, with the times it needs. Its reads must be served meanwhile. */
 export async function settleDevice(index: number, size: number, times: NbdTimes): Promise<void> {
   await setIoTimeout(index, times.ioTimeoutMs);
+  await disableScheduler(index);
   await waitUntilUsable(index, size);
 }
 

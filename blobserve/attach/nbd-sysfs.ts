@@ -72,8 +72,24 @@ export async function setIoTimeout(index: number, milliseconds: number): Promise
   if ((await attribute(path)) === String(milliseconds)) {
     return;
   }
-  // In a child process: newer kernels let requests drain before they take the value, and draining needs this process.
-  await execa('sh', ['-c', 'echo "$1" > "$2"', 'sh', String(milliseconds), path], { timeout: 10_000 });
+  await writeAttribute(path, String(milliseconds));
+}
+
+/**
+ * Has requests go out as they come. An I/O scheduler joins neighbouring reads of different readers into one, and when the
+ * bytes of one of them cannot be had, all of them fail.
+ */
+export async function disableScheduler(index: number): Promise<void> {
+  const path = `${SYS_BLOCK}/nbd${index}/queue/scheduler`;
+  // The one in use is in brackets.
+  if ((await attribute(path))?.includes('[none]') === false) {
+    await writeAttribute(path, 'none');
+  }
+}
+
+/** In a child process: the kernel may let requests drain before it takes the value, and draining needs this process. */
+async function writeAttribute(path: string, value: string): Promise<void> {
+  await execa('sh', ['-c', 'echo "$1" > "$2"', 'sh', value, path], { timeout: 10_000 });
 }
 
 /**
