@@ -43,15 +43,3 @@ export function parseSize(text: string): number {
 export function parseDuration(text: string): number {
   return parseQuantity(text, TIME_UNITS, '30s');
 }
-
-/** Bytes for a person: "3.2 MiB". */
-export function formatSize(bytes: number): string {
-  const steps = ['B', 'KiB', 'MiB', 'GiB', 'TiB'];
-  let value = bytes;
-  let step = 0;
-  while (value >= 1024 && step < steps.length - 1) {
-    value /= 1024;
-    step += 1;
-  }
-  return `${step === 0 ? value : value.toFixed(1)} ${steps[step] ?? ''}`;
-}

@@ -44,6 +44,8 @@ export async function keepFuse(file: string, descriptor: number): Promise<void> 
     stdio: ['ignore', 'ignore', 'ignore', descriptor],
     detached: true,
     cwd: '/',
+    // Nothing else of the daemon's: this says to whoever finds a `sleep` in the process list what it is for.
+    env: { PATH: process.env.PATH, EROFS_NBD_KEEPER: file },
   });
   await new Promise<void>((resolve, reject) => {
     child.once('spawn', resolve);

@@ -141,7 +141,14 @@ async function findProcesses(directory: string): Promise<ProcessFound[]> {
     // The arguments lie in the process's memory: reading them waits with a process that waits for a mount that hangs.
     const words =
       state === 'D' ? [] : (await readFile(`/proc/${name}/cmdline`, 'utf8').catch(() => '')).split('\0');
-    const below = words.some((word) => word.includes(`${directory}/`) || word === directory);
+    // The keeper of a FUSE connection is a plain `sleep`: its environment says whose.
+    const environment =
+      words[0] === 'sleep'
+        ? (await readFile(`/proc/${name}/environ`, 'utf8').catch(() => '')).split('\0')
+        : [];
+    const below = [...words, ...environment].some(
+      (word) => word.includes(`${directory}/`) || word === directory,
+    );
     if (!below && !cgroup.includes(`/${path.basename(directory)}/`)) continue;
     const executable = await readlink(`/proc/${name}/exe`).catch(() => '');
     found.push({ pid: Number(name), command: words.join(' ').trim() || executable });

@@ -7,6 +7,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { layout } from '../../daemon/layout.js';
 import type { control } from '../../proto/messages.js';
 import { BlobServeClient } from '../../snapshotter/blobserve-client.js';
+import { endKeeper } from '../../snapshotter/fuse-keeper.js';
 import { isRunning, processIdentity } from '../../snapshotter/process-identity.js';
 import { checkout } from '../debian/packages.js';
 import { patience } from '../patience.js';
@@ -74,14 +75,14 @@ export async function startSnapshotter(options: SnapshotterOptions): Promise<Sna
     hello: () => ask(socket, (blobserve) => blobserve.hello()),
     stopServing: async () => {
       const server = await ask(socket, (blobserve) => blobserve.hello());
-      if (server === undefined) return;
       // Layers first: a device below a mount cannot go. The FUSE file system's own mount is blobserve's to end.
       await unmountBelow(path.join(root, 'snapshots'));
       await unmountBelow(layout(root).layers);
-      const serving = await processIdentity(server.pid);
-      await ask(socket, (blobserve) => blobserve.shutdown(true));
+      const serving = server && (await processIdentity(server.pid));
+      if (server !== undefined) await ask(socket, (blobserve) => blobserve.shutdown(true));
       const deadline = Date.now() + patience(15_000);
       while (serving && (await isRunning(serving)) && Date.now() < deadline) await delay(20);
+      await endKeeper(layout(root).fuseKeeper);
     },
   };
 }

@@ -7,9 +7,3 @@ export function openRawInflater(): RawInflater {
   const native = nativeZlib();
   return native.available ? native.open() : new PureInflater();
 }
-
-/** Who inflates, and why, for the log: `zlib 1.3.1`. */
-export function rawInflaterName(): string {
-  const native = nativeZlib();
-  return native.available ? `zlib ${native.version}` : `own inflate, several times slower (${native.reason})`;
-}
