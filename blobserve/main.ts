@@ -7,6 +7,7 @@ import process from 'node:process';
 import * as grpc from '@grpc/grpc-js';
 import { Command, Option } from 'commander';
 import { loadConfiguration, type Configuration } from '../daemon/configuration.js';
+import { faultPoint } from '../daemon/fault-point.js';
 import { layout as layoutOf } from '../daemon/layout.js';
 import { createLogger, type Logger } from '../daemon/log.js';
 import { VERSION } from '../daemon/version.js';
@@ -114,12 +115,12 @@ async function main(): Promise<void> {
   };
   const server = new LayerServer({
     backend,
-    openLayer: (source, checked) => {
+    openLayer: (source, checked, signal) => {
       if (!checked && isClassic(source.kind)) {
         // Whoever attaches those layers is told what went wrong with them.
         indexSiblings(source).catch((error: unknown) => log.debug({ err: error }, 'not indexed ahead'));
       }
-      return paths.open(source, checked);
+      return paths.open(source, checked, signal);
     },
     log,
   });
@@ -164,6 +165,7 @@ async function main(): Promise<void> {
       (error) => (error === null ? resolve() : reject(error)),
     );
   });
+  faultPoint('control-open');
   process.on('SIGTERM', () => stop('SIGTERM'));
   // Ctrl-C in a terminal goes to the whole group; the snapshotter decides.
   process.on('SIGINT', () => undefined);

@@ -8,6 +8,7 @@ import { spawn, type ChildProcess } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
 import { setTimeout as sleep } from 'node:timers/promises';
 import * as grpc from '@grpc/grpc-js';
+import { faultPoint } from '../daemon/fault-point.js';
 import type { Logger } from '../daemon/log.js';
 import { control } from '../proto/messages.js';
 import { CallError } from '../proto/unary-call.js';
@@ -283,10 +284,13 @@ export class BlobServeProcess {
     child.unref();
     this.#startedAt = Date.now();
     const answering = this.#untilAnswers(child);
+    faultPoint('blobserve-spawned');
     // Before it answers: were this process to die now, the next one has to find it all the same.
     const started = child.pid === undefined ? undefined : await processIdentity(child.pid);
     if (started !== undefined) await writeIdentity(this.#options.record, started);
+    faultPoint('blobserve-recorded');
     const identity = await answering;
+    faultPoint('blobserve-answers');
     this.#identity = identity;
     child.once('exit', (code, signal) => this.#died(identity, `exit ${signal ?? code}`));
     if (child.exitCode !== null || child.signalCode !== null) this.#died(identity, 'it ended at once');

@@ -9,6 +9,7 @@ import { mkdir } from 'node:fs/promises';
 import { setTimeout as sleep } from 'node:timers/promises';
 import * as grpc from '@grpc/grpc-js';
 import type { Configuration } from '../daemon/configuration.js';
+import { faultPoint } from '../daemon/fault-point.js';
 import { layout as layoutOf, type Layout } from '../daemon/layout.js';
 import type { Logger } from '../daemon/log.js';
 import { VERSION } from '../daemon/version.js';
@@ -68,6 +69,7 @@ export class Daemon {
       snapshotsImplementation(snapshotter, new PluginName(this.#layout.root), this.#log),
     );
     await listen(server, configuration.address);
+    faultPoint('socket-open');
     this.#server = server;
     this.#log.info({ version: VERSION, address: configuration.address, root: this.#layout.root }, 'ready');
     this.#recover(attachments).catch((error: unknown) => {
@@ -119,6 +121,7 @@ export class Daemon {
     const { configuration } = this.#options;
     await mkdir(this.#layout.root, { recursive: true, mode: 0o711 });
     this.#database = openDatabase(this.#layout.root, { address: configuration.address, version: VERSION });
+    faultPoint('database-opened');
     const snapshots = new SnapshotStore(this.#database);
     const layers = new LayerStore(this.#database);
     this.#layers = layers;

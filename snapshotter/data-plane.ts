@@ -5,6 +5,7 @@ import { mkdir } from 'node:fs/promises';
 import { mountFuse, openFuse, unmountFuse } from '../blobserve/attach/fuse-mount.js';
 import { takeDescriptor } from '../blobserve/linux/pidfd.js';
 import type { Configuration } from '../daemon/configuration.js';
+import { faultPoint } from '../daemon/fault-point.js';
 import type { Layout } from '../daemon/layout.js';
 import type { Logger } from '../daemon/log.js';
 import type { control } from '../proto/messages.js';
@@ -91,7 +92,10 @@ async function finishFuse(
   { layout, log }: DataPlaneOptions,
 ): Promise<void> {
   // Mounted with the server already reading: mount(8) may look at the new mount before it returns.
-  if (fresh) await mountFuse(descriptor, layout.fuse);
+  if (fresh) {
+    await mountFuse(descriptor, layout.fuse);
+    faultPoint('fuse-mounted');
+  }
   const timer = setInterval(() => {
     keepAgain(layout.fuseKeeper, descriptor, log).catch((error: unknown) =>
       log.error({ err: error }, 'the FUSE connection has no keeper, and none can be started'),
@@ -127,7 +131,9 @@ async function openFuseConnection(
   // Not before: while something is mounted there, every look at the directory waits for a process that serves it.
   await mkdir(layout.fuse, { recursive: true, mode: 0o700 });
   const descriptor = openFuse();
+  faultPoint('fuse-opened');
   await keepFuse(layout.fuseKeeper, descriptor);
+  faultPoint('fuse-kept');
   return { descriptor, fresh: true };
 }
 

@@ -9,6 +9,7 @@ import { spawn } from 'node:child_process';
 import { closeSync } from 'node:fs';
 import { rm } from 'node:fs/promises';
 import type { Logger } from '../daemon/log.js';
+import { faultPoint } from '../daemon/fault-point.js';
 import { takeDescriptor } from '../blobserve/linux/pidfd.js';
 import {
   isRunning,
@@ -52,6 +53,7 @@ export async function keepFuse(file: string, descriptor: number): Promise<void> 
     child.once('error', reject);
   });
   child.unref();
+  faultPoint('keeper-spawned');
   const identity = child.pid === undefined ? undefined : await processIdentity(child.pid);
   if (identity === undefined)
     throw new Error('the keeper of the FUSE connection (sleep infinity) ended at once');

@@ -7,6 +7,7 @@ import { renameSync } from 'node:fs';
 import { chmod, mkdir, readdir, rename, rm, stat } from 'node:fs/promises';
 import path from 'node:path';
 import { status } from '@grpc/grpc-js';
+import { faultPoint } from '../daemon/fault-point.js';
 import type { Layout } from '../daemon/layout.js';
 import type { Logger } from '../daemon/log.js';
 import { MetadataError } from '../metadata/errors.js';
@@ -115,6 +116,7 @@ export class Snapshotter {
   /** Frees the snapshot's directory, and its layer's device and mount when it was the last to use it, in the background. */
   remove(key: string): void {
     const { id, releasedLayerId } = this.#snapshots.remove(key);
+    faultPoint('snapshot-removed');
     this.#inBackground(this.#deleteDirectory(id), `deleting snapshot ${id}`);
     if (releasedLayerId !== undefined) {
       this.#inBackground(this.#attachments.release(releasedLayerId), `freeing layer ${releasedLayerId}`);
@@ -161,10 +163,13 @@ export class Snapshotter {
       await mkdir(path.join(temporary, 'fs'), { recursive: true, mode: 0o755 });
       if (kind === 'active') await mkdir(path.join(temporary, 'work'), { mode: 0o711 });
       await chmod(temporary, 0o700);
+      faultPoint('snapshot-directory-made');
       // Inside the transaction: a row never lacks its directory, whenever this process dies.
-      node = this.#snapshots.create(kind, key, parent, labels, (id) =>
-        renameSync(temporary, this.#directory(id)),
-      );
+      node = this.#snapshots.create(kind, key, parent, labels, (id) => {
+        renameSync(temporary, this.#directory(id));
+        faultPoint('snapshot-directory-placed');
+      });
+      faultPoint('snapshot-committed');
     } catch (error) {
       await rm(temporary, { recursive: true, force: true });
       throw error;
@@ -189,6 +194,7 @@ export class Snapshotter {
       try {
         await this.#attachments.attachFor(layer, (layerId) => {
           this.#snapshots.createLayerSnapshot(name, parent, labels, layerId);
+          faultPoint('layer-snapshot-committed');
         });
       } catch (error) {
         // A tar that we do not understand is containerd's to unpack; an EROFS image is nobody else's.

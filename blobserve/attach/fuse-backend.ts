@@ -2,6 +2,7 @@
  * Layers as files of one FUSE file system, for kernels without nbd: EROFS is mounted on the file itself (Linux >= 6.12).
  */
 import { createHash } from 'node:crypto';
+import { faultPoint } from '../../daemon/fault-point.js';
 import type { Logger } from '../../daemon/log.js';
 import {
   type AttachBackend,
@@ -53,6 +54,7 @@ class FuseDevice implements AttachedDevice {
 
   async detach(): Promise<void> {
     this.#server.remove(this.#file);
+    faultPoint('fuse-file-removed');
   }
 }
 
@@ -104,6 +106,7 @@ export class FuseBackend implements AttachBackend {
         },
       );
     }
+    faultPoint('fuse-file-added');
     const path = `${this.mountPoint}/${fuseFileName(layerId)}`;
     return new FuseDevice(path, this.#server.adopted, this.#server, file);
   }

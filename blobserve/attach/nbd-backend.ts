@@ -2,6 +2,7 @@
  * The nbd backend: one device of the kernel and one server for every layer that is attached.
  */
 import { setTimeout as sleep } from 'node:timers/promises';
+import { faultPoint } from '../../daemon/fault-point.js';
 import type { Logger } from '../../daemon/log.js';
 import type { BlobReader } from '../readers/blob-reader.js';
 import {
@@ -182,6 +183,7 @@ class NbdDevice implements AttachedDevice {
     );
     try {
       await settleDevice(index, size, times);
+      faultPoint('nbd-settled');
       return device;
     } catch (error) {
       // A device that was there before may have readers: it goes on waiting for a server.

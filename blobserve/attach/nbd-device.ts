@@ -6,6 +6,7 @@ import { closeSync } from 'node:fs';
 import { readFile } from 'node:fs/promises';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { execa } from 'execa';
+import { faultPoint } from '../../daemon/fault-point.js';
 import { isHungUp, socketpair } from '../linux/socketpair.js';
 import { AttachError } from './backend.js';
 import { IoctlConnector } from './nbd-ioctl.js';
@@ -136,8 +137,11 @@ export async function connectDevice(
   times: NbdTimes,
 ): Promise<NbdConnection> {
   const [ours, theirs] = socketpair();
+  faultPoint('nbd-sockets-made');
   try {
-    return { index: await connector.connect(theirs, size, identifier, times), socket: ours };
+    const index = await connector.connect(theirs, size, identifier, times);
+    faultPoint('nbd-connected');
+    return { index, socket: ours };
   } catch (error) {
     closeSync(ours);
     throw error;
@@ -223,6 +227,7 @@ export async function disconnectDevice(
     return false;
   }
   await connector.disconnect(index);
+  faultPoint('nbd-disconnected');
   if (!(await waitUntilGone(index, identifier))) {
     throw new AttachError(
       `${nbdPath(index)} (${identifier}) is disconnected, but something still holds it open: unmount it and detach again`,
