@@ -29,6 +29,7 @@ import { RetryReader } from './readers/retry.js';
 import { ZerosReader } from './readers/zeros.js';
 import { parseReference } from './registry/reference.js';
 import type { RegistryClient } from './registry/registry-client.js';
+import { abortable } from './registry/transport.js';
 
 /** A layer whose bytes are not what its manifest says they are: it never reaches the kernel. */
 export class LayerRefusedError extends Error {
@@ -81,14 +82,15 @@ export class LayerPaths {
 
   /**
    * @param checked the layer was mounted before, so its super block need not be read again
+   * @param signal ends the wait for the registry; an index under way is still made, for whoever asks next
    * @throws {ReadError} the blob cannot be read
    * @throws {LayerRefusedError | NotIndexableError} it is no layer that can be served, and why
    * @throws {ImageReferenceError | RangeError} the source makes no sense
    */
-  async open(source: Source, checked: boolean): Promise<LayerPath> {
-    if (source.kind === control.LayerKind.EROFS) return this.#openNative(source, checked);
+  async open(source: Source, checked: boolean, signal: AbortSignal): Promise<LayerPath> {
+    if (source.kind === control.LayerKind.EROFS) return this.#openNative(source, checked, signal);
     if (source.kind === control.LayerKind.TAR || source.kind === control.LayerKind.TAR_GZIP) {
-      return this.#openClassic(source);
+      return this.#openClassic(source, signal);
     }
     throw new LayerRefusedError(
       `layer ${source.layerDigest ?? ''}: ${source.mediaType ?? 'its type'} is not served lazily`,
@@ -110,7 +112,7 @@ export class LayerPaths {
     });
   }
 
-  async #openNative(source: Source, checked: boolean): Promise<LayerPath> {
+  async #openNative(source: Source, checked: boolean, signal: AbortSignal): Promise<LayerPath> {
     const digest = source.layerDigest ?? '';
     const size = source.size ?? 0;
     if (size === 0 || size % SECTOR !== 0) {
@@ -121,7 +123,7 @@ export class LayerPaths {
     const blob = await this.#openBlob(source);
     const path = this.#path(blob, blob.cache);
     try {
-      if (!checked) await checkSuperBlock(path.reader, digest);
+      if (!checked) await abortable(checkSuperBlock(path.reader, digest), signal);
       return path;
     } catch (error) {
       await path.close();
@@ -129,9 +131,9 @@ export class LayerPaths {
     }
   }
 
-  async #openClassic(source: Source): Promise<LayerPath> {
+  async #openClassic(source: Source, signal: AbortSignal): Promise<LayerPath> {
     const name = `layer ${source.layerDigest ?? ''}`;
-    const record = await this.index(source);
+    const record = await abortable(this.index(source), signal);
     const indexing = this.#indexTraffic.get(record.digest);
     this.#indexTraffic.delete(record.digest);
     const files = this.#options.indexer.files(record.digest);

@@ -7,6 +7,7 @@ import type { Logger } from '../daemon/log.js';
 import { control } from '../proto/messages.js';
 import type { AttachBackend, AttachedDevice } from './attach/backend.js';
 import type { LayerPath } from './data-path.js';
+import { ReadError } from './readers/blob-reader.js';
 
 interface Served {
   readonly source: control.LayerSource.$Properties;
@@ -18,7 +19,11 @@ interface Served {
 export interface LayerServerOptions {
   readonly backend: AttachBackend;
   /** Builds the readers of a layer and makes sure that its first bytes are what the kernel should see. */
-  readonly openLayer: (source: control.LayerSource.$Properties, checked: boolean) => Promise<LayerPath>;
+  readonly openLayer: (
+    source: control.LayerSource.$Properties,
+    checked: boolean,
+    signal: AbortSignal,
+  ) => Promise<LayerPath>;
   readonly log: Logger;
 }
 
@@ -27,6 +32,8 @@ export class LayerServer {
   readonly #served = new Map<number, Served>();
   /** Attaches and detaches of one layer, one after the other. */
   readonly #pending = new Map<number, Promise<unknown>>();
+  /** Ends the attaches of a layer that are under way or wait for their turn. */
+  readonly #attaching = new Map<number, AbortController>();
 
   constructor(options: LayerServerOptions) {
     this.#options = options;
@@ -40,15 +47,19 @@ export class LayerServer {
   /**
    * Makes the layer a device. A layer that is attached already is answered as it is.
    *
-   * @throws {ReadError | AttachError | LayerRefusedError} naming blob and cause; nothing is left attached
+   * @throws {ReadError | AttachError | LayerRefusedError} naming blob and cause; nothing is left attached. `closed` when
+   *   the layer was detached meanwhile
    */
   attach(request: control.AttachRequest): Promise<control.AttachResponse.$Properties> {
+    const controller = this.#attaching.get(request.layerId) ?? new AbortController();
+    this.#attaching.set(request.layerId, controller);
     return this.#inTurn(request.layerId, async () => {
+      controller.signal.throwIfAborted();
       const existing = this.#served.get(request.layerId);
       if (existing !== undefined) {
         return { device: describe(request.layerId, existing, this.#options.backend), reconnected: true };
       }
-      const served = await this.#attach(request);
+      const served = await this.#attach(request, controller.signal);
       this.#served.set(request.layerId, served);
       this.#options.log.info(
         {
@@ -65,8 +76,16 @@ export class LayerServer {
     });
   }
 
-  /** @returns false when the layer was not attached */
+  /**
+   * Ends every attach of the layer that was asked for before, however long a registry would let it wait.
+   *
+   * @returns false when the layer was not attached
+   */
   detach(layerId: number): Promise<boolean> {
+    this.#attaching
+      .get(layerId)
+      ?.abort(new ReadError('closed', `layer ${layerId}: detached while it was being attached`));
+    this.#attaching.delete(layerId);
     return this.#inTurn(layerId, async () => {
       const served = this.#served.get(layerId);
       if (served === undefined) return false;
@@ -87,22 +106,27 @@ export class LayerServer {
 
   /** Detaches everything. */
   async detachAll(): Promise<void> {
-    for (const layerId of [...this.#served.keys()]) await this.detach(layerId);
+    for (const layerId of new Set([...this.#attaching.keys(), ...this.#served.keys()]))
+      await this.detach(layerId);
   }
 
   /** Ends serving and leaves the kernel's devices for the next process; what was fetched is on disk when it resolves. */
   async close(): Promise<void> {
+    for (const controller of this.#attaching.values()) {
+      controller.abort(new ReadError('closed', 'the data plane is ending'));
+    }
     await this.#options.backend.close();
     await Promise.all([...this.#served.values()].map(({ path }) => path.close()));
   }
 
-  async #attach(request: control.AttachRequest): Promise<Served> {
+  async #attach(request: control.AttachRequest, signal: AbortSignal): Promise<Served> {
     const { layerId, identifier, nbdIndex } = request;
     const { source } = request;
     if (layerId < 1) throw new RangeError(`layer_id ${layerId}: expected a number above 0`);
     if (source === null || source === undefined) throw new RangeError(`layer ${layerId}: no source given`);
-    const path = await this.#options.openLayer(source, request.checked);
+    const path = await this.#options.openLayer(source, request.checked, signal);
     try {
+      signal.throwIfAborted();
       const device = await this.#options.backend.attach({
         layerId,
         identifier,
@@ -123,7 +147,10 @@ export class LayerServer {
     try {
       return await turn;
     } finally {
-      if (this.#pending.get(layerId) === turn) this.#pending.delete(layerId);
+      if (this.#pending.get(layerId) === turn) {
+        this.#pending.delete(layerId);
+        this.#attaching.delete(layerId);
+      }
     }
   }
 }

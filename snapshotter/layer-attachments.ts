@@ -48,12 +48,20 @@ export interface LayerAttachmentsOptions {
   readonly log: Logger;
 }
 
+/** A data plane being told of a layer, and whether that is over. */
+interface ServingAgain {
+  done: Promise<void>;
+  settled: boolean;
+}
+
 export class LayerAttachments {
   readonly #options: LayerAttachmentsOptions;
   readonly #layers: LayerStore;
   readonly #log: Logger;
   readonly #locks = new KeyedLock();
   readonly #ready = new Set<number>();
+  /** Layers that a data plane was told of again, without their locks. */
+  readonly #again = new Map<number, ServingAgain>();
   #bootId: Promise<string> | undefined;
 
   constructor(options: LayerAttachmentsOptions) {
@@ -129,6 +137,7 @@ export class LayerAttachments {
       ...wanted.map(({ layerId }) => limit(() => this.#logged(layerId, this.ensure(layerId)))),
       ...orphans.map(({ id }) => limit(() => this.#logged(id, this.release(id)))),
     ]);
+    await this.#detachStrayDevices();
     await this.#removeStrayDirectories();
   }
 
@@ -141,6 +150,7 @@ export class LayerAttachments {
   async releaseUnused(): Promise<void> {
     const idle = this.#layers.orphans().filter(({ digest }) => !this.#locks.isHeld(digest));
     const outcomes = await Promise.allSettled(idle.map(({ id }) => this.release(id)));
+    await this.#removeStrayDirectories();
     const failed = outcomes.find((outcome) => outcome.status === 'rejected');
     if (failed !== undefined) throw failed.reason;
   }
@@ -162,16 +172,26 @@ export class LayerAttachments {
   /**
    * Tells a data plane that has just started what the kernel has devices of: readers may be waiting for them. Without the
    * locks, whose holders may be among the readers (a mount under way), and without the registry: a layer that was not
-   * attached yet is told by whoever attaches it.
+   * attached yet has no readers, and is told by whoever attaches it.
    */
   async serveAgain(client: BlobServeClient): Promise<void> {
     const bootId = await this.#currentBoot();
     const known = this.#layers
       .devices()
       .filter(
-        (device) => device.bootId === bootId && (device.state !== 'attaching' || device.mountPoint !== null),
+        ({ state, path: made, mountPoint, ...device }) =>
+          device.bootId === bootId && ((state !== 'attaching' && made !== null) || mountPoint !== null),
       );
-    await Promise.all(known.map((device) => this.#serveAgain(client, device)));
+    await Promise.all(
+      known.map((device) => {
+        const again: ServingAgain = { settled: false, done: this.#serveAgain(client, device) };
+        const before = this.#again.get(device.layerId);
+        if (before !== undefined) again.done = Promise.all([before.done, again.done]).then(() => undefined);
+        again.done = again.done.finally(() => (again.settled = true));
+        this.#again.set(device.layerId, again);
+        return again.done;
+      }),
+    );
   }
 
   async #serveAgain(client: BlobServeClient, device: DeviceRow): Promise<void> {
@@ -195,6 +215,21 @@ export class LayerAttachments {
   #currentBoot(): Promise<string> {
     this.#bootId ??= readBootId();
     return this.#bootId;
+  }
+
+  /** What a data plane serves though no row asks for it. The row is there before the data plane is asked. */
+  async #detachStrayDevices(): Promise<void> {
+    const dataPlane = await this.#options.dataPlane();
+    const { devices } = await dataPlane.call((client) => client.list());
+    for (const layerId of devices.map((device) => control.Device.create(device).layerId)) {
+      if (this.#layers.device(layerId) !== undefined) continue;
+      this.#log.warn({ layer: layerId }, 'detaching a device that no row speaks of');
+      const detaching = dataPlane.call((client) => client.detach(layerId));
+      await this.#logged(
+        layerId,
+        detaching.then(() => undefined),
+      );
+    }
   }
 
   /** What a process that died between the row and the directory has left, or one that gave up a mount that came late. */
@@ -320,10 +355,18 @@ export class LayerAttachments {
     this.#ready.delete(layerId);
     this.#layers.beginDetach(layerId);
     await this.#unmount(target);
-    const dataPlane = await this.#options.dataPlane();
-    await dataPlane.call((client) => client.detach(layerId));
     await this.#removeDirectory(layerId);
+    const dataPlane = await this.#options.dataPlane();
+    for (;;) {
+      const before = this.#again.get(layerId);
+      const quiet = before?.settled ?? true;
+      await dataPlane.call((client) => client.detach(layerId));
+      // `serveAgain` asks for what has a row and holds no lock: what it has asked for may be made after our detach.
+      if (quiet && this.#again.get(layerId) === before) break;
+      await before?.done;
+    }
     this.#layers.detached(layerId);
+    this.#again.delete(layerId);
   }
 
   async #takeDown(layerId: number): Promise<void> {
