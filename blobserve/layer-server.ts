@@ -3,6 +3,7 @@
  *
  * Nothing here outlives the process. The snapshotter says what to serve, and says it again to the next process.
  */
+import { faultPoint } from '../daemon/fault-point.js';
 import type { Logger } from '../daemon/log.js';
 import { control } from '../proto/messages.js';
 import type { AttachBackend, AttachedDevice } from './attach/backend.js';
@@ -61,6 +62,7 @@ export class LayerServer {
       }
       const served = await this.#attach(request, controller.signal);
       this.#served.set(request.layerId, served);
+      faultPoint('layer-attached');
       this.#options.log.info(
         {
           layer: served.source.layerDigest,
@@ -89,9 +91,11 @@ export class LayerServer {
     return this.#inTurn(layerId, async () => {
       const served = this.#served.get(layerId);
       if (served === undefined) return false;
+      faultPoint('detach-asked');
       await served.device.detach();
       this.#served.delete(layerId);
       await served.path.close();
+      faultPoint('layer-detached');
       this.#options.log.info(
         { layer: served.source.layerDigest, device: served.device.path },
         'layer detached',
@@ -125,6 +129,7 @@ export class LayerServer {
     if (layerId < 1) throw new RangeError(`layer_id ${layerId}: expected a number above 0`);
     if (source === null || source === undefined) throw new RangeError(`layer ${layerId}: no source given`);
     const path = await this.#options.openLayer(source, request.checked, signal);
+    faultPoint('layer-opened');
     try {
       signal.throwIfAborted();
       const device = await this.#options.backend.attach({

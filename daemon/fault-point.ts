@@ -28,8 +28,8 @@ export const FAULT_POINTS = {
       'snapshot-removed',
       'detach-begun',
       'unmounted',
-      'device-detached',
       'mount-directory-removed',
+      'device-detached',
       'device-forgotten',
     ],
     /** A start with a data plane that is dead, too. */

@@ -8,6 +8,7 @@ import { randomUUID } from 'node:crypto';
 import { mkdir, readdir, readFile, rmdir } from 'node:fs/promises';
 import path from 'node:path';
 import pLimit from 'p-limit';
+import { faultPoint } from '../daemon/fault-point.js';
 import type { Logger } from '../daemon/log.js';
 import type { LayerStore, DeviceRow, LayerInput, LayerRow } from '../metadata/layers.js';
 import { control } from '../proto/messages.js';
@@ -192,6 +193,7 @@ export class LayerAttachments {
         return again.done;
       }),
     );
+    faultPoint('served-again');
   }
 
   async #serveAgain(client: BlobServeClient, device: DeviceRow): Promise<void> {
@@ -260,6 +262,7 @@ export class LayerAttachments {
     const before = this.#layers.device(layerId);
     const identifier = before?.identifier ?? `erofs-nbd:${randomUUID()}`;
     this.#layers.beginAttach({ layerId, backend, identifier, bootId });
+    faultPoint('row-begun');
     const { device, reconnected } = await dataPlane.call((client) =>
       this.#attach(client, layer, {
         layerId,
@@ -269,7 +272,9 @@ export class LayerAttachments {
       }),
     );
     await this.#mount(layer, device, reconnected);
+    faultPoint('mounted');
     this.#layers.mounted(layerId, this.directory(layerId));
+    faultPoint('mount-recorded');
     this.#ready.add(layerId);
   }
 
@@ -302,11 +307,13 @@ export class LayerAttachments {
     if (device === null || device === undefined)
       throw new Error(`layer ${layer.digest}: no device in the answer`);
     const full = control.Device.create(device);
+    faultPoint('device-answered');
     this.#layers.attached(layerId, {
       path: full.path,
       nbdIndex: full.nbdIndex < 0 ? null : full.nbdIndex,
       size: full.size,
     });
+    faultPoint('device-recorded');
     return { device: full, reconnected: response.reconnected };
   }
 
@@ -325,6 +332,7 @@ export class LayerAttachments {
       await this.#unmount(target, true);
     }
     await mkdir(target, { recursive: true });
+    faultPoint('mount-directory-made');
     try {
       await mounter.mountErofs(device.path, target);
     } catch (error) {
@@ -354,8 +362,11 @@ export class LayerAttachments {
     const target = this.directory(layerId);
     this.#ready.delete(layerId);
     this.#layers.beginDetach(layerId);
+    faultPoint('detach-begun');
     await this.#unmount(target);
+    faultPoint('unmounted');
     await this.#removeDirectory(layerId);
+    faultPoint('mount-directory-removed');
     const dataPlane = await this.#options.dataPlane();
     for (;;) {
       const before = this.#again.get(layerId);
@@ -365,7 +376,9 @@ export class LayerAttachments {
       if (quiet && this.#again.get(layerId) === before) break;
       await before?.done;
     }
+    faultPoint('device-detached');
     this.#layers.detached(layerId);
+    faultPoint('device-forgotten');
     this.#again.delete(layerId);
   }
 
