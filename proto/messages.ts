@@ -6,6 +6,11 @@ import { containerd, erofs_nbd, google } from './gen/messages.js';
 
 /** containerd.services.snapshots.v1 */
 export import snapshots = containerd.services.snapshots.v1;
+/** Of containerd's own services, what we call. */
+export import content = containerd.services.content.v1;
+export import images = containerd.services.images.v1;
+export import leases = containerd.services.leases.v1;
+export import diff = containerd.services.diff.v1;
 /** Our control API. */
 export import control = erofs_nbd.control.v1;
 export import types = containerd.types;

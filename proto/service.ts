@@ -3,7 +3,7 @@
  */
 import type protobuf from 'protobufjs/minimal.js';
 import type { UnaryMethod } from './unary-call.js';
-import { control, snapshots, wellKnown } from './messages.js';
+import { content, control, diff, images, leases, snapshots, wellKnown } from './messages.js';
 
 /** What a generated message class offers to the wire. */
 interface MessageType<Message, Input> {
@@ -42,6 +42,43 @@ export const snapshotsService = {
   list: method(`${S}List`, snapshots.ListSnapshotsRequest, snapshots.ListSnapshotsResponse, true),
   usage: method(`${S}Usage`, snapshots.UsageRequest, snapshots.UsageResponse),
   cleanup: method(`${S}Cleanup`, snapshots.CleanupRequest, wellKnown.Empty),
+} as const;
+
+const CONTENT = '/containerd.services.content.v1.Content/';
+
+/** containerd's content service, as far as we call it. */
+export const contentService = {
+  info: method(`${CONTENT}Info`, content.InfoRequest, content.InfoResponse),
+  update: method(`${CONTENT}Update`, content.UpdateRequest, content.UpdateResponse),
+  list: method(`${CONTENT}List`, content.ListContentRequest, content.ListContentResponse, true),
+  read: method(`${CONTENT}Read`, content.ReadContentRequest, content.ReadContentResponse, true),
+  write: {
+    ...method(`${CONTENT}Write`, content.WriteContentRequest, content.WriteContentResponse, true),
+    requestStream: true,
+  },
+  abort: method(`${CONTENT}Abort`, content.AbortRequest, wellKnown.Empty),
+} as const;
+
+const IMAGES = '/containerd.services.images.v1.Images/';
+
+/** containerd's images service, as far as we call it. */
+export const imagesService = {
+  list: method(`${IMAGES}List`, images.ListImagesRequest, images.ListImagesResponse),
+  create: method(`${IMAGES}Create`, images.CreateImageRequest, images.CreateImageResponse),
+  update: method(`${IMAGES}Update`, images.UpdateImageRequest, images.UpdateImageResponse),
+} as const;
+
+const LEASES = '/containerd.services.leases.v1.Leases/';
+
+/** containerd's leases service, as far as we call it. */
+export const leasesService = {
+  create: method(`${LEASES}Create`, leases.CreateRequest, leases.CreateResponse),
+  delete: method(`${LEASES}Delete`, leases.DeleteRequest, wellKnown.Empty),
+} as const;
+
+/** containerd's diff service, as far as we call it. */
+export const diffService = {
+  apply: method('/containerd.services.diff.v1.Diff/Apply', diff.ApplyRequest, diff.ApplyResponse),
 } as const;
 
 const C = '/erofs_nbd.control.v1.BlobServe/';

@@ -28,8 +28,15 @@ export class CallError extends Error {
   }
 }
 
+/** What a failed call says, of this process or of the other. */
+export function callError(error: grpc.ServiceError): CallError {
+  const message = error.details === '' ? error.message : error.details;
+  return new CallError(message, error.code, error.metadata.get(ANSWERED).length > 0);
+}
+
 /**
  * @param timeoutMs milliseconds; undefined: as long as it takes
+ * @param metadata sent with the call
  * @throws {CallError}
  */
 export function unaryCall<RequestIn, Request, ResponseIn, Response>(
@@ -37,6 +44,7 @@ export function unaryCall<RequestIn, Request, ResponseIn, Response>(
   method: UnaryMethod<RequestIn, Request, ResponseIn, Response>,
   request: RequestIn,
   timeoutMs?: number,
+  metadata = new grpc.Metadata(),
 ): Promise<Response> {
   const options = timeoutMs === undefined ? {} : { deadline: Date.now() + timeoutMs };
   // Sound: the deserializer is the message class's own, which fills every field in (see `service.ts`).
@@ -47,11 +55,11 @@ export function unaryCall<RequestIn, Request, ResponseIn, Response>(
       method.requestSerialize,
       deserialize,
       request,
+      metadata,
       options,
       (error, value) => {
         if (error !== null) {
-          const message = error.details === '' ? error.message : error.details;
-          reject(new CallError(message, error.code, error.metadata.get(ANSWERED).length > 0));
+          reject(callError(error));
         } else if (value === undefined) {
           reject(new CallError(`${method.path}: empty answer`, grpc.status.INTERNAL));
         } else {

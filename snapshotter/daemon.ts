@@ -18,7 +18,9 @@ import { LayerStore } from '../metadata/layers.js';
 import { SnapshotStore } from '../metadata/snapshots.js';
 import { snapshotsService } from '../proto/service.js';
 import type { BlobServeProcess } from './blobserve-process.js';
+import { ContainerdClient } from './containerd-client.js';
 import { closeDataPlane, openDataPlane } from './data-plane.js';
+import { ImageDiscovery } from './image-discovery.js';
 import { LayerAttachments } from './layer-attachments.js';
 import { LayerFinder } from './layer-finder.js';
 import { Mounter } from './mounter.js';
@@ -50,6 +52,7 @@ export class Daemon {
   #server: grpc.Server | undefined;
   #snapshotter: Snapshotter | undefined;
   #dataPlane: Promise<BlobServeProcess> | undefined;
+  #containerd: ContainerdClient | undefined;
 
   constructor(options: DaemonOptions) {
     this.#options = options;
@@ -138,6 +141,8 @@ export class Daemon {
       dataPlane,
       onError: configuration.on_error,
       indexClassic: configuration.index.build,
+      discovery: this.#openDiscovery(),
+      discoveryTimeoutMs: configuration.containerd.timeout,
       log: this.#log,
     });
     const snapshotter = new Snapshotter({
@@ -151,6 +156,19 @@ export class Daemon {
     });
     this.#snapshotter = snapshotter;
     return { attachments, snapshotter };
+  }
+
+  #openDiscovery(): ImageDiscovery | undefined {
+    const { discover, address, registries, certificates } = this.#options.configuration.containerd;
+    if (!discover) return undefined;
+    this.#containerd = new ContainerdClient(address);
+    return new ImageDiscovery({
+      client: this.#containerd,
+      // Plain HTTP is a matter of ports too.
+      registries: [...registries, ...this.#options.configuration.registry.insecure],
+      certificatesDirectory: certificates,
+      log: this.#log,
+    });
   }
 
   /** The data plane, opened by whoever wants it first; a failure is not kept, so that the next call tries again. */
@@ -189,6 +207,7 @@ export class Daemon {
   }
 
   #close(): void {
+    this.#containerd?.close();
     this.#mounter.close();
     this.#database?.close();
   }
