@@ -6,7 +6,7 @@ import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { layout } from '../daemon/layout.js';
 import { control } from '../proto/messages.js';
-import { containerdFromSid, program } from '../test/debian/packages.js';
+import { containerdFrom, program } from '../test/debian/packages.js';
 import { buildDebianImage, GREETING } from '../test/image/debian-image.js';
 import type { LayerFormat } from '../test/image/layer-blob.js';
 import { layerBytes, type Image } from '../test/image/oci-layout.js';
@@ -81,7 +81,7 @@ export async function runDemo(
   signal.throwIfAborted();
   await step('programs from Debian', async ({ note }) => {
     note('containerd from sid: 25 MB the first time');
-    await containerdFromSid();
+    await containerdFrom('sid');
     note('runc, docker-registry, erofs-utils');
     for (const name of ['runc', 'docker-registry', 'mkfs.erofs'] as const) await program(name);
     return [undefined, 'containerd, runc, docker-registry, erofs-utils'];

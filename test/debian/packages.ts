@@ -106,9 +106,12 @@ export async function program(name: Program): Promise<string> {
   });
 }
 
-/** Directory of the programs `containerd`, `ctr` and `containerd-shim-runc-v2` of containerd 2.x from Debian sid. */
-export async function containerdFromSid(): Promise<string> {
-  const directory = path.join(cacheDirectory(), 'roots', 'containerd-sid');
-  await fetchPackages('sid', directory, ['containerd']);
+/** Suites whose containerd is tested with: 1.6, 1.7, 2.x. */
+export type ContainerdSuite = 'bookworm' | 'trixie' | 'sid';
+
+/** Directory of the programs `containerd`, `ctr` and `containerd-shim-runc-v2` of a Debian suite. */
+export async function containerdFrom(suite: ContainerdSuite): Promise<string> {
+  const directory = path.join(cacheDirectory(), 'roots', `containerd-${suite}`);
+  await fetchPackages(suite, directory, ['containerd']);
   return path.join(directory, 'usr', 'bin');
 }

@@ -6,7 +6,7 @@ import { mkdir, rmdir, stat, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { execa, type Result } from 'execa';
 import { architecture } from '../image/oci-layout.js';
-import { containerdFromSid, installedProgram, program } from '../debian/packages.js';
+import { containerdFrom, installedProgram, program, type ContainerdSuite } from '../debian/packages.js';
 import { startDaemon, type Daemon } from './daemon-process.js';
 import { grpcAnswers } from './socket.js';
 
@@ -20,11 +20,13 @@ export interface ProxyPlugin {
 export interface ContainerdOptions {
   /** The stack's private directory. */
   readonly directory: string;
-  /** `sid`: containerd 2.x, fetched privately; `installed`: the one of this system. */
-  readonly version?: 'sid' | 'installed';
+  /** A Debian suite, whose containerd is fetched privately (default: sid's, 2.x); `installed`: the one of this system. */
+  readonly version?: ContainerdSuite | 'installed';
   readonly snapshotters?: readonly ProxyPlugin[];
   /** Kubernetes' interface, left out by default; it uses the first of `snapshotters`. */
   readonly cri?: boolean;
+  /** Whether clients of the transfer service tell the snapshotter which image they pull; default: they do. */
+  readonly annotations?: boolean;
 }
 
 export interface Containerd extends Daemon {
@@ -49,9 +51,11 @@ const NOT_OURS = [
 ];
 const CRI = ['io.containerd.grpc.v1.cri', 'io.containerd.cri.v1.images', 'io.containerd.cri.v1.runtime'];
 
-function configuration(options: ContainerdOptions, home: string, major: number): string {
+function configuration(options: ContainerdOptions, home: string, version: string): string {
+  const [major = 0, minor = 0] = version.split('.').map(Number);
+  const hasTransfer = major > 1 || minor >= 7;
   const quote = JSON.stringify;
-  const { snapshotters = [], cri = false } = options;
+  const { snapshotters = [], cri = false, annotations = true } = options;
   const lines = [
     'version = 2',
     `root = ${quote(path.join(home, 'root'))}`,
@@ -70,7 +74,7 @@ function configuration(options: ContainerdOptions, home: string, major: number):
       `  address = ${quote(address)}`,
       `  [proxy_plugins.${quote(name)}.exports]`,
       `    root = ${quote(root)}`,
-      '    enable_remote_snapshot_annotations = "true"',
+      ...(annotations ? ['    enable_remote_snapshot_annotations = "true"'] : []),
     );
   }
   const first = snapshotters[0]?.name;
@@ -83,7 +87,7 @@ function configuration(options: ContainerdOptions, home: string, major: number):
     );
   }
   // A list of one's own replaces the default, so the built-in snapshotter is named too.
-  for (const name of major < 2 ? [] : ['overlayfs', ...snapshotters.map((entry) => entry.name)]) {
+  for (const name of !hasTransfer ? [] : ['overlayfs', ...snapshotters.map((entry) => entry.name)]) {
     lines.push(
       '[[plugins."io.containerd.transfer.v1.local".unpack_config]]',
       `  platform = "linux/${architecture()}"`,
@@ -104,8 +108,8 @@ async function absentShared(): Promise<string[]> {
   return absent;
 }
 
-async function programsOf(version: 'sid' | 'installed'): Promise<string> {
-  if (version === 'sid') return containerdFromSid();
+async function programsOf(version: ContainerdSuite | 'installed'): Promise<string> {
+  if (version !== 'installed') return containerdFrom(version);
   const installed = await installedProgram('containerd');
   if (installed === undefined) throw new Error('containerd is not installed on this system');
   return path.dirname(installed);
@@ -120,7 +124,7 @@ export async function startContainerd(options: ContainerdOptions): Promise<Conta
   const home = path.join(options.directory, 'containerd');
   await mkdir(home, { recursive: true });
   const file = path.join(home, 'config.toml');
-  await writeFile(file, configuration(options, home, Number.parseInt(version)));
+  await writeFile(file, configuration(options, home, version));
 
   const address = path.join(home, 'containerd.sock');
   const namespace = path.basename(options.directory);
