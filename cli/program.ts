@@ -1,0 +1,17 @@
+/**
+ * The command `erofs-nbd`: its subcommands, one file each, which add themselves to it.
+ */
+import { Command } from 'commander';
+import { VERSION } from '../daemon/version.js';
+
+/** Errors are thrown (CommanderError), not printed: `main.ts` says them in the form that is wanted. */
+export function createProgram(): Command {
+  const program = new Command('erofs-nbd')
+    .description('looks after layers that are served lazily')
+    .version(VERSION)
+    .option('--debug', 'print stack traces')
+    .exitOverride()
+    .configureOutput({ outputError: () => undefined, writeErr: () => undefined });
+  // Here each subcommand's file adds its command, in the order of the help.
+  return program;
+}
