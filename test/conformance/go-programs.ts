@@ -1,6 +1,6 @@
 /**
- * The two Go programs of this directory, built with Debian's Go against Debian's containerd sources. Packages, Go's own
- * cache and the programs are kept in the cache directory; nothing is installed, and a second run builds nothing.
+ * Go programs of the tests, built with Debian's Go against Debian's containerd sources. Packages, Go's own cache and the
+ * programs are kept in the cache directory; nothing is installed, and a second run builds nothing.
  */
 import { createHash } from 'node:crypto';
 import { existsSync } from 'node:fs';
@@ -18,7 +18,6 @@ export interface GoPrograms {
   readonly containerdVersion: string;
 }
 
-const SOURCES = path.join(checkout, 'test', 'conformance');
 /** A fixed suite: import paths and the suite's own tests differ from one containerd to the next. */
 const SUITE = 'bookworm';
 const PACKAGES = [
@@ -27,14 +26,70 @@ const PACKAGES = [
   'golang-github-stretchr-testify-dev',
 ];
 
-/** @throws when packages cannot be had, or with what the compiler said */
+/** containerd's suite and its overlayfs snapshotter. @throws when packages cannot be had, or with what the compiler said */
 export async function buildGoPrograms(): Promise<GoPrograms> {
+  const { directory, versions } = await compileGo('conformance', {
+    overlayfs: ['build'],
+    suite: ['test', '-c'],
+  });
+  return {
+    overlayfs: path.join(directory, 'overlayfs'),
+    suite: path.join(directory, 'suite'),
+    containerdVersion: /^golang-github-containerd-containerd-dev=(.+)$/m.exec(versions)?.[1] ?? 'unknown',
+  };
+}
+
+/**
+ * Compiles the package of a directory of `test/`.
+ *
+ * @param name the directory
+ * @param programs by name, Go's command that makes it
+ * @returns where the programs are, and what of Debian they were made with
+ */
+export async function compileGo(
+  name: string,
+  programs: Readonly<Record<string, readonly string[]>>,
+): Promise<{ directory: string; versions: string }> {
+  const sources = path.join(checkout, 'test', name);
   const cache = path.join(cacheDirectory(), 'conformance');
   const root = path.join(cache, 'go-root');
+  const versions = await fetchGo(root);
+  const hash = createHash('sha256').update(versions);
+  for (const file of (await readdir(sources)).filter((entry) => entry.endsWith('.go')).sort()) {
+    hash.update(file).update(await readFile(path.join(sources, file)));
+  }
+  const prefix = `bin-${name.replaceAll('/', '-')}-`;
+  const directory = path.join(cache, `${prefix}${hash.digest('hex').slice(0, 16)}`);
+  if (existsSync(directory)) return { directory, versions };
+
+  console.log(`compiling the Go programs of test/${name} (once)`);
+  const partial = `${directory}.${process.pid}`;
+  await mkdir(partial, { recursive: true });
+  try {
+    for (const [program, [command = '', ...flags]] of Object.entries(programs)) {
+      const parameters = [command, ...flags, '-p', '1', '-o', path.join(partial, program), '.'];
+      await go(root, cache, sources, parameters);
+    }
+    // Two runs may have built the same: the first to finish stays.
+    if (!existsSync(directory)) await rename(partial, directory);
+    for (const entry of await readdir(cache)) {
+      const isBuild = entry.startsWith(prefix) && /^[0-9a-f]{16}$/.test(entry.slice(prefix.length));
+      if (isBuild && entry !== path.basename(directory)) {
+        await rm(path.join(cache, entry), { recursive: true, force: true });
+      }
+    }
+  } finally {
+    await rm(partial, { recursive: true, force: true });
+  }
+  return { directory, versions };
+}
+
+/** @returns `name=version` of what is unpacked in `root` */
+async function fetchGo(root: string): Promise<string> {
   const held = path.join(root, '.packages');
   if (!existsSync(held)) {
     console.log(`fetching Go and containerd's sources from Debian ${SUITE} (once)`);
-    await mkdir(cache, { recursive: true });
+    await mkdir(path.dirname(root), { recursive: true });
     // C libraries are for cgo, which is off; only what is written in Go is needed of all the dependencies.
     const needed = (await listPackages(SUITE, PACKAGES)).filter((line) => line.startsWith('golang-'));
     await fetchPackages(
@@ -43,42 +98,15 @@ export async function buildGoPrograms(): Promise<GoPrograms> {
       needed.map((line) => line.replace(/=.*/, '')),
     );
   }
-
-  const versions = await readFile(held, 'utf8');
-  const containerdVersion =
-    /^golang-github-containerd-containerd-dev=(.+)$/m.exec(versions)?.[1] ?? 'unknown';
-  const hash = createHash('sha256').update(versions);
-  for (const name of (await readdir(SOURCES)).filter((entry) => entry.endsWith('.go')).sort()) {
-    hash.update(name).update(await readFile(path.join(SOURCES, name)));
-  }
-  const directory = path.join(cache, `bin-${hash.digest('hex').slice(0, 16)}`);
-  const programs = {
-    overlayfs: path.join(directory, 'overlayfs'),
-    suite: path.join(directory, 'suite'),
-    containerdVersion,
-  };
-  if (existsSync(directory)) return programs;
-
-  console.log("compiling containerd's suite and its overlayfs snapshotter (once)");
-  const partial = `${directory}.${process.pid}`;
-  await mkdir(partial, { recursive: true });
-  try {
-    await go(root, cache, ['build', '-p', '1', '-o', path.join(partial, 'overlayfs'), '.']);
-    await go(root, cache, ['test', '-c', '-p', '1', '-o', path.join(partial, 'suite'), '.']);
-    // Two runs may have built the same: the first to finish stays.
-    if (!existsSync(directory)) await rename(partial, directory);
-    for (const name of await readdir(cache)) {
-      if (/^bin-[0-9a-f]{16}$/.test(name) && name !== path.basename(directory)) {
-        await rm(path.join(cache, name), { recursive: true, force: true });
-      }
-    }
-  } finally {
-    await rm(partial, { recursive: true, force: true });
-  }
-  return programs;
+  return readFile(held, 'utf8');
 }
 
-async function go(root: string, cache: string, parameters: readonly string[]): Promise<void> {
+async function go(
+  root: string,
+  cache: string,
+  sources: string,
+  parameters: readonly string[],
+): Promise<void> {
   const versions = await readdir(path.join(root, 'usr', 'lib'));
   // `usr/lib/go` is a link to the versioned directory; the linker wants a GOROOT that is none.
   const goRoot = versions.find((name) => /^go-\d/.test(name));
@@ -86,7 +114,7 @@ async function go(root: string, cache: string, parameters: readonly string[]): P
   const GOROOT = path.join(root, 'usr', 'lib', goRoot);
   try {
     await execa(path.join(GOROOT, 'bin', 'go'), parameters, {
-      cwd: SOURCES,
+      cwd: sources,
       stdin: 'ignore',
       env: {
         GOROOT,
@@ -100,6 +128,6 @@ async function go(root: string, cache: string, parameters: readonly string[]): P
     });
   } catch (error) {
     if (!(error instanceof ExecaError)) throw error;
-    throw new Error(`go ${parameters[0]} failed in ${SOURCES}:\n${String(error.stderr).trim()}`);
+    throw new Error(`go ${parameters[0]} failed in ${sources}:\n${String(error.stderr).trim()}`);
   }
 }
