@@ -22,6 +22,7 @@ import { LayerIndexer } from './layer-indexer.js';
 import { LayerLookup } from './layer-lookup.js';
 import { LayerServer } from './layer-server.js';
 import { DockerConfig } from './registry/docker-config.js';
+import { HostsDirectory } from './registry/hosts-directory.js';
 import { RegistryClient } from './registry/registry-client.js';
 import { TRANSPORT_DEFAULTS } from './registry/transport.js';
 
@@ -67,7 +68,9 @@ function openRegistryClient({ registry, fetch }: Configuration, log: Logger): Re
     // A try may not outlast the deadline of the read it is for.
     requestTimeoutMs: Math.min(TRANSPORT_DEFAULTS.requestTimeoutMs, fetch.read_deadline),
     connectionsPerHost: registry.max_connections_per_host,
+    hedge: registry.hedge,
     userAgent: `erofs-nbd/${VERSION}`,
+    hosts: new HostsDirectory(registry.hosts_dir, { onProblem: (problem) => log.warn(problem) }),
     credentials: new DockerConfig(registry.docker_config, { onProblem: (problem) => log.warn(problem) }),
   });
 }
@@ -147,6 +150,7 @@ async function main(): Promise<void> {
     controlService,
     controlImplementation({
       server,
+      hosts: () => client.hosts(),
       describe: (source, platform) => lookup.describe(source, platform),
       backend: options.attach,
       backendReason: options.attachReason,

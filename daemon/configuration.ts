@@ -40,6 +40,18 @@ const powerOfTwo = (value: number) => Number.isInteger(Math.log2(value));
 const SOCKET_PATH_MAX = 107;
 
 const absolutePath = z.string().refine((value) => path.isAbsolute(value), 'expected an absolute path');
+const pathOrNone = z
+  .string()
+  .refine((value) => value === '' || path.isAbsolute(value), 'expected an absolute path, or "" for none');
+const pathList = (fallback: string) =>
+  z
+    .string()
+    .default(fallback)
+    .transform((value) => value.split(':').filter((one) => one !== ''))
+    .refine(
+      (paths) => paths.every((one) => path.isAbsolute(one)),
+      'expected absolute paths with ":" between',
+    );
 const socketPath = absolutePath.refine(
   (value) => Buffer.byteLength(value) <= SOCKET_PATH_MAX,
   `expected a path of at most ${SOCKET_PATH_MAX} bytes, the kernel's limit for a socket`,
@@ -60,11 +72,17 @@ const schema = z.strictObject({
   registry: z
     .strictObject({
       insecure: z.array(z.string()).default([]),
-      docker_config: absolutePath.default('/root/.docker/config.json'),
+      hosts_dir: pathList('/etc/containerd/certs.d'),
+      docker_config: pathOrNone.default('/root/.docker/config.json'),
+      kubernetes_secrets: pathOrNone.default(''),
+      credential_provider_config: pathOrNone.default(''),
+      credential_provider_directory: pathOrNone.default(''),
+      credential_timeout: duration('15s', '100ms', '5m'),
       connect_timeout: duration('5s', '10ms', '10m'),
       response_timeout: duration('15s', '10ms', '10m'),
       stall_timeout: duration('15s', '10ms', '10m'),
       max_connections_per_host: z.int().min(1).max(1024).default(16),
+      hedge: z.boolean().default(false),
     })
     .prefault({}),
   fetch: z

@@ -103,6 +103,7 @@ export class RegistryRangeReader implements BlobReader {
         framing = this.#checkFraming(response, offset, length);
       } catch (error) {
         response.body.destroy();
+        response.distrust();
         throw error;
       }
       let skip = framing.skip;
@@ -112,6 +113,7 @@ export class RegistryRangeReader implements BlobReader {
         skip -= from;
         const wanted = Math.min(chunk.length - from, length - filled);
         if (framing.ends && chunk.length - from > wanted) {
+          response.distrust();
           throw this.#failure('corrupt', offset, length, `the body is longer than the range asked for`);
         }
         if (wanted > 0) {

@@ -22,13 +22,38 @@ import {
   RegistryError,
   retryAfterMs,
 } from './registry-error.js';
+import { withoutClient, type ConnectionSettings } from './dispatchers.js';
 import type { Transport, TransportResponse } from './transport.js';
 
 export interface AuthenticatorOptions {
-  /** Credentials of registries; without it all access is anonymous. */
-  readonly credentials?: CredentialSource;
+  /** Where credentials come from, the first that has some counts; without any all access is anonymous. */
+  readonly credentials?: CredentialSource | readonly CredentialSource[];
   /** Milliseconds since the epoch, for tests. */
   readonly now?: () => number;
+}
+
+/** Whom a request is for. */
+export interface Party {
+  /** The registry's base URL. */
+  readonly base: URL;
+  /** The registry's host, as credentials are stored under. */
+  readonly host: string;
+  readonly repository: string;
+  /** What is wanted, `repository:NAME:pull`. */
+  readonly scope: string;
+  /** For the origin of `base` alone. */
+  readonly originHeaders?: Readonly<Record<string, string>>;
+  readonly connection?: ConnectionSettings | undefined;
+}
+
+/** What a request has tried so far. */
+export class Attempt {
+  /** What was sent and refused. */
+  readonly refused: Authorization[] = [];
+  /** Credentials that led to nothing: never used again by this request. */
+  readonly tried = new Set<string>();
+  /** The credentials that each authorization of this request came from. */
+  readonly from = new Map<Authorization, string>();
 }
 
 /** How a registry wants to be spoken to. */
@@ -41,6 +66,8 @@ interface Token {
   readonly renewAt: number;
 }
 
+/** How long a password is used before its source is asked again, in milliseconds, unless it is refused. */
+const BASIC_LIFE = 60_000;
 /** Life of a token that does not say, in seconds (the specification's default). */
 const DEFAULT_LIFE = 60;
 /** Longest life believed, in seconds: a day. */
@@ -53,57 +80,67 @@ const MAX_HOSTS = 1000;
 
 export class Authenticator {
   readonly #transport: Transport;
-  readonly #credentials: CredentialSource | undefined;
+  readonly #sources: readonly CredentialSource[];
   readonly #now: () => number;
   readonly #access = new LRUCache<string, Access>({ max: MAX_HOSTS });
   readonly #tokens = new LRUCache<string, Token>({ max: MAX_TOKENS });
-  readonly #fetches = new Map<string, Promise<Authorization>>();
+  readonly #fetches = new Map<string, Promise<Issued>>();
 
   constructor(transport: Transport, options: AuthenticatorOptions = {}) {
     this.#transport = transport;
-    this.#credentials = options.credentials;
+    const { credentials = [] } = options;
+    this.#sources = 'lookup' in credentials ? [credentials] : credentials;
     this.#now = options.now ?? Date.now;
   }
 
   /**
    * What to send to a registry before it has asked: undefined until its first 401.
    *
-   * @param base the registry's base URL
-   * @param host the registry's host, as credentials are stored under
-   * @param scope what is wanted, `repository:NAME:pull`
    * @throws {RegistryError} when a token is needed and cannot be had
    */
-  async authorize(base: URL, host: string, scope: string): Promise<Authorization | undefined> {
-    const access = this.#access.get(base.origin);
-    return access === undefined ? undefined : this.#answer(access, base, host, scope);
+  async authorize(party: Party, attempt: Attempt): Promise<Authorization | undefined> {
+    const access = this.#access.get(party.base.origin);
+    return access === undefined ? undefined : this.#answer(access, party, attempt);
   }
 
   /**
-   * What to send after a 401 of the registry itself (not of one it redirected to: the caller has checked that).
+   * What to send after a 401 or 403 of the registry itself (not of one it redirected to: the caller has checked that).
+   *
+   * What was sent may have been a token that was over: then another one is fetched. When that is refused too, the
+   * credentials of the next source are tried.
    *
    * @param header the answer's WWW-Authenticate
-   * @param refused what was sent and refused; never given again
+   * @param sent what was sent and refused; never given again
    * @returns undefined when there is nothing else to try: no challenge we know, or no credentials
    * @throws {RegistryError} when the challenge cannot be trusted, or a token cannot be had
    */
   async answerChallenge(
-    base: URL,
-    host: string,
-    scope: string,
+    party: Party,
+    attempt: Attempt,
     header: string | undefined,
-    refused: Authorization | undefined,
+    sent: Authorization | undefined,
   ): Promise<Authorization | undefined> {
-    const access = this.#choose(header ?? '', base);
+    const { origin } = party.base;
+    const access = header === undefined ? this.#access.get(origin) : this.#choose(header, party.base);
     if (access === undefined) return undefined;
-    this.#access.set(base.origin, access);
-    if (access.scheme === 'bearer' && refused !== undefined) {
-      const key = tokenKey(access, host, scope);
+    this.#access.set(origin, access);
+    if (sent !== undefined) {
+      attempt.refused.push(sent);
+      const credentials = attempt.from.get(sent);
+      if (credentials !== undefined) attempt.tried.add(credentials);
+      const key = tokenKey(access, party);
       // Only the token that was refused: another request may have replaced it already.
-      if (this.#tokens.get(key)?.authorization === refused) this.#tokens.delete(key);
+      if (this.#tokens.get(key)?.authorization === sent) this.#tokens.delete(key);
     }
-    const answer = await this.#answer(access, base, host, scope);
-    if (answer === undefined || refused === undefined) return answer;
-    return answer.reveal() === refused.reveal() ? undefined : answer;
+    for (;;) {
+      const answer = await this.#answer(access, party, attempt);
+      if (answer === undefined) return undefined;
+      if (!attempt.refused.some((refused) => refused.reveal() === answer.reveal())) return answer;
+      const credentials = attempt.from.get(answer);
+      this.#tokens.delete(tokenKey(access, party));
+      if (credentials === undefined || attempt.tried.has(credentials)) return undefined;
+      attempt.tried.add(credentials);
+    }
   }
 
   #choose(header: string, base: URL): Access | undefined {
@@ -133,39 +170,70 @@ export class Authenticator {
     if (url.protocol !== 'http:') return refuse(`${printable(realm, 100)} is not https`);
     if (base.protocol === 'https:')
       return refuse(`${printableUrl(url)} is plain http, though the registry is https`);
-    if (!this.#transport.allowsPlainHttp(url)) {
+    if (url.origin !== base.origin && !this.#transport.allowsPlainHttp(url)) {
       return refuse(`${printableUrl(url)} is plain http; list ${url.host} as an insecure host to allow that`);
     }
     return url;
   }
 
-  async #answer(access: Access, base: URL, host: string, scope: string): Promise<Authorization | undefined> {
-    if (access.scheme === 'basic') {
-      const credentials = await this.#lookup(host);
-      if (credentials === undefined || 'identityToken' in credentials) return undefined;
-      return Authorization.basic(credentials.username, credentials.password);
-    }
-    const key = tokenKey(access, host, scope);
+  async #answer(access: Access, party: Party, attempt: Attempt): Promise<Authorization | undefined> {
+    const key = tokenKey(access, party);
     const token = this.#tokens.get(key);
     if (token !== undefined && this.#now() < token.renewAt) return token.authorization;
-    let fetch = this.#fetches.get(key);
-    if (fetch === undefined) {
-      fetch = this.#fetchToken(access, base, host, scope, key).finally(() => this.#fetches.delete(key));
-      this.#fetches.set(key, fetch);
+    const credentials = await this.#candidate(party, attempt);
+    if (credentials === undefined && attempt.tried.size > 0) return undefined;
+    const identity = identityOf(credentials);
+    if (access.scheme === 'basic') {
+      if (credentials === undefined || 'identityToken' in credentials) return undefined;
+      const authorization = Authorization.basic(credentials.username, credentials.password);
+      attempt.from.set(authorization, identity);
+      this.#tokens.set(key, { authorization, renewAt: this.#now() + BASIC_LIFE });
+      return authorization;
     }
-    return fetch;
+    const flight = JSON.stringify([key, identity]);
+    let fetch = this.#fetches.get(flight);
+    if (fetch === undefined) {
+      fetch = this.#fetchToken(access, party, credentials, key).finally(() => this.#fetches.delete(flight));
+      this.#fetches.set(flight, fetch);
+    }
+    try {
+      const { authorization } = await fetch;
+      attempt.from.set(authorization, identity);
+      return authorization;
+    } catch (error) {
+      if (!(error instanceof RegistryError) || error.kind !== 'denied' || credentials === undefined)
+        throw error;
+      attempt.tried.add(identity);
+      const answer = await this.#answer(access, party, attempt);
+      if (answer === undefined) throw error;
+      return answer;
+    }
+  }
+
+  /** The first credentials that this request has not tried. */
+  async #candidate(party: Party, attempt: Attempt): Promise<Credentials | undefined> {
+    const { host, repository } = party;
+    for (const source of this.#sources) {
+      let credentials = await lookUp(source, host, repository);
+      if (credentials !== undefined && attempt.tried.has(identityOf(credentials))) {
+        // What it kept may be out of date.
+        const again = source.refused?.(host, repository) === true;
+        credentials = again ? await lookUp(source, host, repository) : undefined;
+      }
+      if (credentials !== undefined && !attempt.tried.has(identityOf(credentials))) return credentials;
+    }
+    return undefined;
   }
 
   async #fetchToken(
     access: Access & { scheme: 'bearer' },
-    base: URL,
-    host: string,
-    scope: string,
+    party: Party,
+    credentials: Credentials | undefined,
     key: string,
-  ): Promise<Authorization> {
-    const credentials = await this.#lookup(host);
+  ): Promise<Issued> {
+    const { base } = party;
     const askedAt = this.#now();
-    const response = await this.#askForToken(access, scope, credentials);
+    const response = await this.#askForToken(access, party, credentials);
     const body = await response.body.readAll(MAX_TOKEN_BODY);
     const where = printableUrl(access.realm);
     if (response.status !== 200) {
@@ -188,15 +256,23 @@ export class Authenticator {
     // A tenth of its life before it expires, at most half a minute: requests take time, and clocks differ.
     const renewAt = askedAt + life * 1000 - Math.min(life * 100, 30_000);
     if (renewAt > this.#now()) this.#tokens.set(key, { authorization, renewAt });
-    return authorization;
+    return { authorization };
   }
 
   async #askForToken(
     access: Access & { scheme: 'bearer' },
-    scope: string,
+    party: Party,
     credentials: Credentials | undefined,
   ): Promise<TransportResponse> {
     const { realm, service } = access;
+    const { base, scope, connection } = party;
+    const atHome = realm.origin === base.origin;
+    const way = {
+      connection: atHome ? connection : withoutClient(connection),
+      // That plain http is allowed has been checked with the realm.
+      plainHttp: true,
+      ...(atHome && party.originHeaders !== undefined ? { originHeaders: party.originHeaders } : {}),
+    };
     if (credentials !== undefined && 'identityToken' in credentials) {
       const form = new URLSearchParams({
         grant_type: 'refresh_token',
@@ -206,6 +282,7 @@ export class Authenticator {
         refresh_token: credentials.identityToken,
       });
       return this.#transport.send({
+        ...way,
         method: 'POST',
         url: realm,
         headers: { 'content-type': 'application/x-www-form-urlencoded', accept: 'application/json' },
@@ -216,6 +293,7 @@ export class Authenticator {
     if (service !== '') url.searchParams.set('service', service);
     url.searchParams.set('scope', scope);
     return this.#transport.send({
+      ...way,
       url,
       headers: { accept: 'application/json' },
       authorization:
@@ -253,18 +331,36 @@ export class Authenticator {
       },
     );
   }
-
-  async #lookup(host: string): Promise<Credentials | undefined> {
-    const credentials = await this.#credentials?.lookup(host);
-    if (credentials === undefined || 'identityToken' in credentials) return credentials;
-    // What credential helpers answer instead of a user name when the secret is a refresh token.
-    return credentials.username === '<token>' ? { identityToken: credentials.password } : credentials;
-  }
 }
 
-function tokenKey(access: Access & { scheme: 'bearer' }, host: string, scope: string): string {
+/** A token, and nothing else that a waiting request needs. */
+interface Issued {
+  readonly authorization: Authorization;
+}
+
+async function lookUp(
+  source: CredentialSource,
+  host: string,
+  repository: string,
+): Promise<Credentials | undefined> {
+  const credentials = await source.lookup(host, repository);
+  if (credentials === undefined || 'identityToken' in credentials) return credentials;
+  // What credential helpers answer instead of a user name when the secret is a refresh token.
+  return credentials.username === '<token>' ? { identityToken: credentials.password } : credentials;
+}
+
+function identityOf(credentials: Credentials | undefined): string {
+  if (credentials === undefined) return 'anonymous';
+  return 'identityToken' in credentials
+    ? JSON.stringify([credentials.identityToken])
+    : JSON.stringify([credentials.username, credentials.password]);
+}
+
+function tokenKey(access: Access, { base, host, scope, repository }: Party): string {
   // The host too: two registries may share a token service, each with credentials of its own.
-  return JSON.stringify([host, access.realm.href, access.service, scope]);
+  return access.scheme === 'basic'
+    ? JSON.stringify(['basic', base.origin, host, repository])
+    : JSON.stringify([host, access.realm.href, access.service, scope]);
 }
 
 /** Seconds that a token lives, from `expires_in`. */

@@ -23,6 +23,11 @@ export class Authorization {
     return new Authorization(`Bearer ${token}`, [token]);
   }
 
+  /** A whole value, as a host's configuration has it. */
+  static header(value: string): Authorization {
+    return new Authorization(value, [value, value.replace(/^\S+\s+/, '')]);
+  }
+
   /** The header's value, for the request alone. */
   reveal(): string {
     return this.#value;

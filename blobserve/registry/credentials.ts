@@ -10,13 +10,20 @@ export type Credentials =
 /** A place that credentials come from: Docker's configuration, a helper program, a keychain. */
 export interface CredentialSource {
   /**
-   * Credentials for a registry, undefined when there are none (anonymous access).
+   * Credentials for a repository, undefined when this source has none.
    *
    * Called whenever a token is needed, so a changed password is used without a restart; caching is the source's own.
    *
    * @param host registry host with its port when not the default one: `registry-1.docker.io`, `host:5000`
+   * @param repository `team/app`; some sources have different credentials for parts of a registry
    */
-  lookup(host: string): Promise<Credentials | undefined>;
+  lookup(host: string, repository: string): Promise<Credentials | undefined>;
+  /**
+   * Says that what lookup gave was refused.
+   *
+   * @returns whether asking again may give something else, because what was kept has been forgotten
+   */
+  refused?(host: string, repository: string): boolean;
 }
 
 /** A password that neither inspect nor JSON shows. */

@@ -2,12 +2,16 @@
  * What we ask of a registry (OCI distribution specification 1.1): manifests, small blobs whole, and ranges of large
  * ones. Everything that is returned whole has been verified against its digest; a range cannot be, so its framing is
  * the caller's to check.
+ *
+ * A registry may have several endpoints (hosts.toml): mirrors, tried in order, and itself. Each sees only its own
+ * credentials. One that does not have an object is not asked for it again for a while, and one in trouble is left alone.
  */
 import { LRUCache } from 'lru-cache';
-import { Authenticator } from './authenticator.js';
-import type { Authorization } from './authorization.js';
+import { Attempt, Authenticator, type Party } from './authenticator.js';
+import { Authorization } from './authorization.js';
 import type { CredentialSource } from './credentials.js';
 import { digestOf, digestProblem, isDigest } from './digest.js';
+import { withoutClient } from './dispatchers.js';
 import {
   MAX_MANIFEST_BYTES,
   ManifestError,
@@ -17,15 +21,31 @@ import {
   type FetchedManifest,
   type ResolvedImage,
 } from './manifest.js';
+import { Hedging } from './hedging.js';
+import { ONE_OF_SEVERAL, ONLY_PLACE } from './host-health.js';
+import type { Capability } from './hosts-file.js';
+import { HostsDirectory, type Endpoint } from './hosts-directory.js';
 import { MANIFEST_ACCEPT } from './media-type.js';
 import type { Platform, PlatformChoice } from './platform.js';
 import { registryHost, type Reference } from './reference.js';
-import { parseErrorBody, printable, RegistryError, retryAfterMs } from './registry-error.js';
+import {
+  parseErrorBody,
+  printable,
+  RegistryError,
+  retryAfterMs,
+  type RegistryErrorDetails,
+} from './registry-error.js';
+import { usableUntil } from './signed-url.js';
 import { adviceFor, failureOf } from './status.js';
-import { Transport, type TransportOptions, type TransportResponse } from './transport.js';
+import { type RegistryHost, Transport, type TransportOptions, type TransportResponse } from './transport.js';
 
 export interface RegistryClientOptions extends TransportOptions {
-  readonly credentials?: CredentialSource;
+  /** Where credentials come from, the first that has some counts. */
+  readonly credentials?: CredentialSource | readonly CredentialSource[];
+  /** Mirrors and settings of registries; without it each registry is asked itself. */
+  readonly hosts?: HostsDirectory;
+  /** Ask a second time for a range that is late, and take what comes first. */
+  readonly hedge?: boolean;
   /** Milliseconds since the epoch, for tests. */
   readonly now?: () => number;
 }
@@ -37,29 +57,49 @@ interface RepositoryRequest {
   readonly object: string;
   /** Below `/v2/REPOSITORY/`. */
   readonly path: string;
+  readonly capability: Capability;
   readonly headers: Readonly<Record<string, string>>;
   readonly signal?: AbortSignal | undefined;
+}
+
+/** An endpoint that is asked, and what is remembered of the object there. */
+interface Asked {
+  readonly endpoint: Endpoint;
+  /** Others are asked when this one fails. */
+  readonly replaceable: boolean;
+  /** Names endpoint and object in our memories. */
+  readonly key: string;
 }
 
 /** Longest body of an error that is read, in bytes. */
 const MAX_ERROR_BODY = 65_536;
 /** How many blobs' final addresses are remembered. */
 const MAX_LOCATIONS = 10_000;
+/** Answers to challenges in one request: a token that was over, and a few credentials. */
+const MAX_CHALLENGES = 8;
+/** How long an endpoint that others stand in for is not asked again for what it did not have, in milliseconds. */
+const LACKS_FOR = 30_000;
 
 export class RegistryClient {
   readonly #transport: Transport;
   readonly #authenticator: Authenticator;
+  readonly #hosts: HostsDirectory;
+  readonly #hedging: Hedging | undefined;
   readonly #now: () => number;
-  /** Where a blob was found to be after redirects, by host, repository and digest. May be signed: never printed. */
-  readonly #locations = new LRUCache<string, URL>({ max: MAX_LOCATIONS });
-  /** Hosts that asked to be left alone, and until when (milliseconds since the epoch). */
-  readonly #quiet = new LRUCache<string, number>({ max: 1000 });
+  /** Where a blob was found to be after redirects. May be signed: never printed. */
+  readonly #locations = new LRUCache<string, { readonly url: URL; readonly until: number }>({
+    max: MAX_LOCATIONS,
+  });
+  /** Objects that an endpoint did not have or give, and until when that is believed. */
+  readonly #lacks = new LRUCache<string, number>({ max: MAX_LOCATIONS });
 
   /** @throws {TypeError} when an option makes no sense */
   constructor(options: RegistryClientOptions = {}) {
     this.#transport = new Transport(options);
     this.#now = options.now ?? Date.now;
     this.#authenticator = new Authenticator(this.#transport, options);
+    this.#hosts = options.hosts ?? new HostsDirectory([]);
+    this.#hedging = options.hedge === true ? new Hedging() : undefined;
   }
 
   /**
@@ -94,22 +134,28 @@ export class RegistryClient {
   ): Promise<FetchedManifest> {
     const wanted = reference.digest ?? reference.tag ?? 'latest';
     const object = manifestName(reference);
-    const response = await this.#get({
+    const request: RepositoryRequest = {
       reference,
       object,
       path: `manifests/${wanted}`,
+      // What a tag means is not asked of a mirror that is not trusted to say.
+      capability: reference.digest === undefined ? 'resolve' : 'pull',
       headers: { accept: MANIFEST_ACCEPT, 'accept-encoding': 'identity' },
       signal: expected.signal,
+    };
+    return this.#fromAny(request, async (asked) => {
+      const response = await this.#get(request, asked);
+      const body = await this.#readBody(response, reference, object, MAX_MANIFEST_BYTES);
+      const stated = response.header('docker-content-digest');
+      try {
+        const digest =
+          reference.digest ?? (stated !== undefined && isDigest(stated) ? stated : digestOf(body));
+        verifyContent(body, { digest, size: expected.size });
+        return { ...parseManifest(body, response.header('content-type')), digest, size: body.length };
+      } catch (error) {
+        throw this.#invalid(reference, object, error, response.url.host);
+      }
     });
-    const body = await this.#readBody(response, reference, object, MAX_MANIFEST_BYTES);
-    const stated = response.header('docker-content-digest');
-    try {
-      const digest = reference.digest ?? (stated !== undefined && isDigest(stated) ? stated : digestOf(body));
-      verifyContent(body, { digest, size: expected.size });
-      return { ...parseManifest(body, response.header('content-type')), digest, size: body.length };
-    } catch (error) {
-      throw this.#invalid(reference, object, error);
-    }
   }
 
   /**
@@ -126,20 +172,24 @@ export class RegistryClient {
   ): Promise<Buffer> {
     this.#checkDigest(reference, digest);
     const object = `blob ${digest}`;
-    const response = await this.#get({
+    const request: RepositoryRequest = {
       reference,
       object,
       path: `blobs/${digest}`,
+      capability: 'pull',
       headers: { 'accept-encoding': 'identity' },
       signal,
+    };
+    return this.#fromAny(request, async (asked) => {
+      const response = await this.#get(request, asked);
+      const body = await this.#readBody(response, reference, object, maxBytes);
+      try {
+        verifyContent(body, { digest });
+      } catch (error) {
+        throw this.#invalid(reference, object, error, response.url.host);
+      }
+      return body;
     });
-    const body = await this.#readBody(response, reference, object, maxBytes);
-    try {
-      verifyContent(body, { digest });
-    } catch (error) {
-      throw this.#invalid(reference, object, error);
-    }
-    return body;
   }
 
   /**
@@ -159,18 +209,23 @@ export class RegistryClient {
     signal?: AbortSignal,
   ): Promise<TransportResponse> {
     this.#checkDigest(reference, digest);
-    const host = registryHost(reference);
     const object = `blob ${digest}`;
-    const key = `${host}/${reference.repository}@${digest}`;
-    const headers = { range: `bytes=${offset}-${offset + length - 1}`, 'accept-encoding': 'identity' };
-    const location = this.#locations.get(key);
-    if (location !== undefined) {
-      const response = await this.#direct(location, headers, key, reference, object, signal);
-      if (response !== undefined) return response;
-    }
-    const response = await this.#get({ reference, object, path: `blobs/${digest}`, headers, signal });
-    if (response.redirects > 0) this.#locations.set(key, response.url);
-    return response;
+    const request = (aborts: AbortSignal | undefined): RepositoryRequest => ({
+      reference,
+      object,
+      path: `blobs/${digest}`,
+      capability: 'pull',
+      headers: { range: `bytes=${offset}-${offset + length - 1}`, 'accept-encoding': 'identity' },
+      signal: aborts,
+    });
+    const open = (aborts: AbortSignal | undefined): Promise<TransportResponse> =>
+      this.#fromAny(request(aborts), async (asked) => {
+        const response = await this.#openRange(request(aborts), asked);
+        response.onDistrust(() => this.#lack(asked));
+        return response;
+      });
+    if (this.#hedging === undefined) return open(signal);
+    return this.#hedging.open(reference.host, open, signal);
   }
 
   /** Closes every connection; what is under way fails. Idempotent. */
@@ -178,22 +233,92 @@ export class RegistryClient {
     await this.#transport.close();
   }
 
+  /** Hosts that requests were sent to, with what is known of them. */
+  hosts(): RegistryHost[] {
+    return this.#transport.hosts();
+  }
+
+  /**
+   * Asks the endpoints of a registry in order until one has the object.
+   *
+   * @throws {RegistryError} of the last, with what the others said
+   */
+  async #fromAny<T>(request: RepositoryRequest, ask: (asked: Asked) => Promise<T>): Promise<T> {
+    const { reference, object, capability } = request;
+    const all = await this.#hosts.endpoints(reference.host);
+    const endpoints = all.filter(({ capabilities }) => capabilities.has(capability));
+    const failures: RegistryError[] = [];
+    const skipped: Asked[] = [];
+    for (const [index, endpoint] of endpoints.entries()) {
+      const name = endpoint.url?.href ?? registryHost(reference);
+      const asked: Asked = {
+        endpoint,
+        replaceable: index < endpoints.length - 1,
+        key: `${name} ${reference.host}/${reference.repository} ${object}`,
+      };
+      if (asked.replaceable && (this.#lacks.get(asked.key) ?? 0) > this.#now()) {
+        skipped.push(asked);
+        continue;
+      }
+      try {
+        return await ask(asked);
+      } catch (error) {
+        if (!(error instanceof RegistryError) || error.kind === 'closed') throw error;
+        failures.push(error);
+        if (error.kind !== 'transient') this.#lack(asked);
+      }
+    }
+    // All others failed: who did not have it may have it by now.
+    for (const { key } of skipped) this.#lacks.delete(key);
+    const last = failures.pop();
+    if (last === undefined) {
+      throw new RegistryError(`hosts.toml has no host for it with the capability "${capability}"`, {
+        kind: 'configuration',
+        host: registryHost(reference),
+        repository: reference.repository,
+        object,
+      });
+    }
+    if (failures.length === 0) throw last;
+    const others = failures.map(({ host, reason }) => `${host}: ${printable(reason, 200)}`).join('; ');
+    throw new RegistryError(`${last.reason} (asked before it: ${others})`, {
+      ...detailsOf(last),
+      cause: last,
+    });
+  }
+
+  #lack({ key, replaceable }: Asked): void {
+    if (replaceable) this.#lacks.set(key, this.#now() + LACKS_FOR);
+  }
+
+  async #openRange(request: RepositoryRequest, asked: Asked): Promise<TransportResponse> {
+    const location = this.#locations.get(asked.key);
+    if (location !== undefined) {
+      const response =
+        location.until > this.#now() ? await this.#direct(location.url, request, asked) : undefined;
+      if (response !== undefined) return response;
+    }
+    const response = await this.#get(request, asked);
+    if (response.redirects > 0) {
+      this.#locations.set(asked.key, { url: response.url, until: usableUntil(response.url, this.#now()) });
+    }
+    return response;
+  }
+
   /** The answer of a remembered address, or undefined when the registry must be asked for a new one. */
   async #direct(
     location: URL,
-    headers: Readonly<Record<string, string>>,
-    key: string,
-    reference: Reference,
-    object: string,
-    signal: AbortSignal | undefined,
+    request: RepositoryRequest,
+    { endpoint, key }: Asked,
   ): Promise<TransportResponse | undefined> {
+    const { reference, object, headers, signal } = request;
     const forget = () => {
-      if (this.#locations.get(key) === location) this.#locations.delete(key);
+      if (this.#locations.get(key)?.url === location) this.#locations.delete(key);
     };
-    this.#checkQuiet(location.host, reference, object);
     let response: TransportResponse;
     try {
-      response = await this.#transport.send({ url: location, headers, signal });
+      const connection = withoutClient(endpoint.connection);
+      response = await this.#transport.send({ url: location, headers, signal, connection });
     } catch (error) {
       forget();
       throw this.#about(error, reference, object);
@@ -205,40 +330,61 @@ export class RegistryClient {
       await response.body.discard();
       return undefined;
     }
-    throw this.#statusError(response, await readErrorBody(response), reference, object, undefined);
+    throw this.#statusError(response, await readErrorBody(response), reference, object, []);
   }
 
   /** Sends a GET to the repository, with authentication; returns 200 and 206 only. */
-  async #get(request: RepositoryRequest): Promise<TransportResponse> {
-    const { reference, object } = request;
-    const host = registryHost(reference);
+  async #get(request: RepositoryRequest, asked: Asked): Promise<TransportResponse> {
+    const { reference, object, signal } = request;
+    const { endpoint, replaceable } = asked;
+    const { connection, headers } = endpoint;
+    const host = endpoint.url?.host ?? registryHost(reference);
+    const plainHttp = endpoint.url?.protocol === 'http:';
+    const way = { connection, plainHttp, signal, tolerance: replaceable ? ONE_OF_SEVERAL : ONLY_PLACE };
     try {
-      this.#checkQuiet(host, reference, object);
-      const base = await this.#transport.origin(host, request.signal);
-      const url = new URL(`/v2/${reference.repository}/${request.path}`, base);
-      const scope = `repository:${reference.repository}:pull`;
-      let authorization = await this.#authenticator.authorize(base, host, scope);
-      for (let challenged = false; ; challenged = true) {
+      const base = await this.#base(endpoint, host, way);
+      const url = new URL(`${reference.repository}/${request.path}`, base);
+      // What a mirror is to fetch from: containerd's way of telling it.
+      const isItself = host === reference.host || host === registryHost(reference);
+      if (!isItself) url.searchParams.set('ns', reference.host);
+      const { authorization: configured, ...originHeaders } = headers;
+      const party: Party = {
+        base,
+        host,
+        repository: reference.repository,
+        scope: `repository:${pathBelowV2(base)}${reference.repository}:pull`,
+        originHeaders,
+        connection,
+      };
+      const attempt = new Attempt();
+      let authorization =
+        (await this.#authenticator.authorize(party, attempt)) ??
+        (configured === undefined ? undefined : Authorization.header(configured));
+      for (let challenges = 0; ; challenges++) {
         const response = await this.#transport.send({
+          ...way,
           url,
           headers: request.headers,
+          originHeaders,
           authorization,
-          signal: request.signal,
         });
         if (response.status === 200 || response.status === 206) return response;
         // Read at once, so that the connection is free for what follows.
         const body = await readErrorBody(response);
         // A storage service's 401 is no challenge to log in to it with the registry's credentials.
-        if (response.status === 401 && response.url.origin === base.origin && !challenged) {
+        const refused = response.status === 401 || (response.status === 403 && authorization !== undefined);
+        if (refused && response.url.origin === base.origin && challenges < MAX_CHALLENGES) {
           const header = response.header('www-authenticate');
-          const answer = await this.#authenticator.answerChallenge(base, host, scope, header, authorization);
+          const answer = await this.#authenticator.answerChallenge(party, attempt, header, authorization);
           if (answer !== undefined) {
             authorization = answer;
             continue;
           }
         }
         if (response.status === 400 && base.protocol === 'http:') this.#transport.forgetOrigin(host);
-        throw this.#statusError(response, body, reference, object, authorization);
+        const secrets = Object.values(originHeaders).map((value) => Authorization.header(value));
+        if (authorization !== undefined) secrets.unshift(authorization);
+        throw this.#statusError(response, body, reference, object, secrets, authorization !== undefined);
       }
     } catch (error) {
       if (error instanceof RegistryError && error.status === undefined && error.kind === 'transient') {
@@ -246,6 +392,13 @@ export class RegistryClient {
       }
       throw this.#about(error, reference, object);
     }
+  }
+
+  /** The root of an endpoint's API, with "/" at its end. */
+  async #base(endpoint: Endpoint, host: string, way: Parameters<Transport['origin']>[1]): Promise<URL> {
+    if (endpoint.url !== undefined && !endpoint.eitherScheme) return endpoint.url;
+    const origin = await this.#transport.origin(host, way);
+    return new URL(endpoint.url?.pathname ?? '/v2/', origin);
   }
 
   async #readBody(
@@ -285,24 +438,25 @@ export class RegistryClient {
     }
   }
 
-  /** The error of a status, with what the registry says and what the user can do. */
+  /**
+   * The error of a status, with what the registry says and what the user can do.
+   *
+   * @param secrets what was sent and may be repeated in the body
+   */
   #statusError(
     response: TransportResponse,
     body: string,
     reference: Reference,
     object: string,
-    authorization: Authorization | undefined,
+    secrets: readonly Authorization[],
+    authorized = false,
   ): RegistryError {
     const { status } = response;
     const { host } = response.url;
-    const { code, message } = parseErrorBody(authorization === undefined ? body : authorization.scrub(body));
+    const { code, message } = parseErrorBody(secrets.reduce((text, secret) => secret.scrub(text), body));
     const wait = retryAfterMs(response.header('retry-after'), this.#now());
-    if ((status === 429 || status === 503) && wait !== undefined) {
-      // Never for long on one answer's word: a minute.
-      this.#quiet.set(host, this.#now() + Math.min(wait, 60_000));
-    }
     const said = [code, message].filter((part) => part !== undefined).join(': ');
-    const advice = adviceFor(status, host, authorization !== undefined, wait);
+    const advice = adviceFor(status, host, authorized, wait);
     return new RegistryError(
       `answered ${status}${said === '' ? '' : ` (${said})`}${advice === '' ? '' : `; ${advice}`}`,
       {
@@ -315,19 +469,6 @@ export class RegistryClient {
         retryAfterMs: wait,
       },
     );
-  }
-
-  /** Spares a host that asked to be left alone the requests it would refuse. */
-  #checkQuiet(host: string, reference: Reference, object: string): void {
-    const left = (this.#quiet.get(host) ?? 0) - this.#now();
-    if (left <= 0) return;
-    throw new RegistryError(`asked to be left alone for another ${left} ms; nothing was sent`, {
-      kind: 'transient',
-      host,
-      repository: reference.repository,
-      object,
-      retryAfterMs: left,
-    });
   }
 
   #checkDigest(reference: Reference, digest: string): void {
@@ -343,11 +484,11 @@ export class RegistryClient {
     return error instanceof RegistryError ? error.about(reference.repository, object) : error;
   }
 
-  #invalid(reference: Reference, object: string, error: unknown): unknown {
+  #invalid(reference: Reference, object: string, error: unknown, host = registryHost(reference)): unknown {
     if (!(error instanceof ManifestError)) return error;
     return new RegistryError(error.message, {
       kind: 'invalid',
-      host: registryHost(reference),
+      host,
       repository: reference.repository,
       object,
       cause: error,
@@ -359,6 +500,16 @@ export class RegistryClient {
 async function readErrorBody(response: TransportResponse): Promise<string> {
   const body = await response.body.readAll(MAX_ERROR_BODY).catch(() => undefined);
   return body?.toString('utf8') ?? '';
+}
+
+function detailsOf(error: RegistryError): RegistryErrorDetails {
+  const { kind, host, repository, object, status, code, retryAfterMs } = error;
+  return { kind, host, repository, object, status, code, retryAfterMs };
+}
+
+/** `proxy/` for a base of `https://host/v2/proxy/`: what the registry behind it calls the repository. */
+function pathBelowV2(base: URL): string {
+  return base.pathname.startsWith('/v2/') ? base.pathname.slice('/v2/'.length) : '';
 }
 
 function manifestName(reference: Reference): string {

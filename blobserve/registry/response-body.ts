@@ -7,15 +7,21 @@ import type { Dispatcher } from 'undici';
 export class ResponseBody {
   readonly #body: Dispatcher.ResponseData['body'];
   readonly #toError: (error: unknown) => Error;
-  readonly #done: () => void;
+  readonly #done: (broken: boolean) => void;
   #failure: Error | undefined;
   #taken = false;
+  /** We closed the connection; the library then reports that as an error of the body. */
+  #dropped = false;
 
   /**
    * @param toError makes what the client library reports into our error
-   * @param done called once, when the connection is free or closed
+   * @param done called once, when the connection is free or closed, with whether the body broke off by itself
    */
-  constructor(body: Dispatcher.ResponseData['body'], toError: (error: unknown) => Error, done: () => void) {
+  constructor(
+    body: Dispatcher.ResponseData['body'],
+    toError: (error: unknown) => Error,
+    done: (broken: boolean) => void,
+  ) {
     this.#body = body;
     this.#toError = toError;
     this.#done = done;
@@ -23,7 +29,7 @@ export class ResponseBody {
     body.on('error', (error: unknown) => {
       this.#failure ??= this.#toError(error);
     });
-    body.once('close', () => this.#done());
+    body.once('close', () => this.#done(this.#failure !== undefined && !this.#dropped));
   }
 
   /**
@@ -56,7 +62,7 @@ export class ResponseBody {
         } catch (error) {
           thrown = { error };
         }
-        if (stopped || thrown) body.destroy();
+        if (stopped || thrown) this.#drop();
       });
     });
   }
@@ -92,6 +98,11 @@ export class ResponseBody {
   /** Closes the connection. */
   destroy(): void {
     this.#taken = true;
+    this.#drop();
+  }
+
+  #drop(): void {
+    this.#dropped = true;
     this.#body.destroy();
   }
 

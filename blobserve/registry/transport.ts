@@ -1,16 +1,28 @@
 /**
- * HTTP to registries and the storage services they redirect to: a pool of kept-alive connections with a bound per host,
- * a time limit on everything that can hang, and redirects that are followed with care.
+ * HTTP to registries and the storage services they redirect to: pools of kept-alive connections with a bound per host, a
+ * time limit on everything that can hang, hosts in trouble left alone, and redirects that are followed with care.
  *
- * What holds here, whoever calls: plain http goes only to this machine and to hosts listed as insecure; an
- * Authorization header is never sent to another origin (scheme, host and port) than the one it was given for; the body
- * of every response is consumed or its connection closed.
+ * What holds here, whoever calls: plain http goes only to this machine, to hosts listed as insecure, and where a host's
+ * configuration says so; an Authorization header, the headers of a host's configuration and its client certificates are
+ * never shown to another origin (scheme, host and port) than the one they were given for; the body of every response is
+ * consumed or its connection closed.
  */
-import { createSecureContext, rootCertificates } from 'node:tls';
-import { Agent, type Dispatcher } from 'undici';
+import { LRUCache } from 'lru-cache';
+import type { Dispatcher } from 'undici';
+import { counted, exchangeBegins, type HostExchanges } from '../metrics.js';
 import type { Authorization } from './authorization.js';
+import { Dispatchers, withoutClient, type ConnectionSettings } from './dispatchers.js';
+import {
+  ANYTHING,
+  HostHealth,
+  ONLY_PLACE,
+  RestingError,
+  type Outcome,
+  type Pass,
+  type Tolerance,
+} from './host-health.js';
 import { hostUrl, PlainHttpHosts } from './hosts.js';
-import { printable, printableUrl, RegistryError } from './registry-error.js';
+import { printable, printableUrl, RegistryError, retryAfterMs } from './registry-error.js';
 import { ResponseBody } from './response-body.js';
 import { closedError, explain, mayBePlain, redirectError, redirectTarget } from './transport-error.js';
 
@@ -32,6 +44,8 @@ export interface TransportOptions {
   /** Further certificates (PEM) to trust, beside those that Node.js brings. */
   readonly ca?: readonly (string | Buffer)[];
   readonly userAgent?: string;
+  /** Milliseconds since the epoch, for tests. */
+  readonly now?: () => number;
 }
 
 export const TRANSPORT_DEFAULTS = {
@@ -58,10 +72,30 @@ export interface TransportRequest {
   readonly signal?: AbortSignal | undefined;
   /** Instead of the transport's `requestTimeoutMs`. */
   readonly timeoutMs?: number;
+  /** For the origin of `url` alone; may hold secrets. Names in lower case. */
+  readonly originHeaders?: Readonly<Record<string, string>>;
+  /** How connections to the origin of `url` are made. Where it redirects to, all of it but the client certificates counts. */
+  readonly connection?: ConnectionSettings | undefined;
+  /** Plain http is allowed to the origin of `url`, by the configuration of the host. */
+  readonly plainHttp?: boolean;
+  /** How much trouble the origin of `url` may make before it is left alone; where it redirects to: {@link ONLY_PLACE}. */
+  readonly tolerance?: Tolerance;
+}
+
+/** What is known of a host that requests were sent to. */
+export interface RegistryHost extends HostExchanges {
+  readonly host: string;
+  /** Milliseconds for which nothing is sent to it. */
+  readonly restingMs: number;
+  /** Exchanges under way, and those that wait for a place. */
+  readonly busy: number;
+  readonly waiting: number;
 }
 
 /** The answer at the end of the redirects. Its body must be consumed, discarded or destroyed. */
 export class TransportResponse {
+  #onDistrust: () => void = () => undefined;
+
   constructor(
     readonly status: number,
     readonly url: URL,
@@ -71,6 +105,16 @@ export class TransportResponse {
     private readonly headers: Dispatcher.ResponseData['headers'],
   ) {}
 
+  /** Whoever asked wants to know when the answer turns out to be wrong. */
+  onDistrust(action: () => void): void {
+    this.#onDistrust = action;
+  }
+
+  /** Says that what came is not what was asked for, so that another place is asked next, where there is one. */
+  distrust(): void {
+    this.#onDistrust();
+  }
+
   /** A header's value; the values of a header sent more than once are joined by ", " (RFC 9110 §5.3). */
   header(name: string): string | undefined {
     const value = this.headers[name];
@@ -79,15 +123,20 @@ export class TransportResponse {
 }
 
 const MAX_REDIRECTS = 10;
+const MAX_HOSTS = 1000;
 /** Statuses that send us elsewhere with the same method. */
 const REDIRECTS = new Set([301, 302, 303, 307, 308]);
 
 export class Transport {
-  readonly #agent: Agent;
+  readonly #dispatchers: Dispatchers;
   readonly #plainHttp: PlainHttpHosts;
   readonly #limits: Required<Pick<TransportOptions, keyof typeof TRANSPORT_DEFAULTS>>;
+  readonly #now: () => number;
+  /** Only for tests: a clock of the system may be set back, and rests would last. */
+  readonly #clock: Pick<TransportOptions, 'now'>;
   /** Base URL of each host that may be http or https, once known. */
-  readonly #decided = new Map<string, Promise<URL>>();
+  readonly #decided = new LRUCache<string, Promise<URL>>({ max: MAX_HOSTS });
+  readonly #health = new LRUCache<string, HostHealth>({ max: MAX_HOSTS });
   #closed = false;
 
   /** @throws {TypeError} naming an entry of `insecureHosts` that is no host */
@@ -95,20 +144,9 @@ export class Transport {
     const limits = { ...TRANSPORT_DEFAULTS, ...options };
     this.#limits = limits;
     this.#plainHttp = new PlainHttpHosts(options.insecureHosts ?? []);
-    this.#agent = new Agent({
-      connections: limits.connectionsPerHost,
-      pipelining: 1,
-      keepAliveTimeout: limits.keepAliveTimeoutMs,
-      headersTimeout: limits.headersTimeoutMs,
-      bodyTimeout: limits.bodyTimeoutMs,
-      connect: {
-        timeout: limits.connectTimeoutMs,
-        // Built once: reading a hundred root certificates for every connection would hold the event loop up.
-        ...(options.ca === undefined
-          ? {}
-          : { secureContext: createSecureContext({ ca: [...rootCertificates, ...options.ca] }) }),
-      },
-    });
+    this.#now = options.now ?? Date.now;
+    this.#clock = options.now === undefined ? {} : { now: options.now };
+    this.#dispatchers = new Dispatchers(limits, (options.ca ?? []).map(String));
   }
 
   /** Whether plain http is allowed to the host of `url`. */
@@ -116,14 +154,43 @@ export class Transport {
     return this.#plainHttp.allows(url);
   }
 
+  /** What is known of an origin. */
+  health(origin: string): HostHealth {
+    let health = this.#health.get(origin);
+    if (health === undefined) {
+      health = new HostHealth({ places: this.#limits.connectionsPerHost, ...this.#clock });
+      this.#health.set(origin, health);
+    }
+    return health;
+  }
+
+  /** Hosts that requests were sent to, with what is known of them. */
+  hosts(): RegistryHost[] {
+    return [...counted.hosts].map(({ labels, count }) => {
+      const host = labels['host'] ?? '';
+      const [health] = ['https:', 'http:'].flatMap((scheme) => this.#health.peek(`${scheme}//${host}`) ?? []);
+      return {
+        host,
+        ...count,
+        restingMs: health?.restingMs ?? 0,
+        busy: health?.busy ?? 0,
+        waiting: health?.waiting ?? 0,
+      };
+    });
+  }
+
   /**
    * Base URL of a registry host. It is https; but a host that plain http is allowed to and that does not speak TLS gets
    * http. That is found out with one request without credentials and remembered.
    *
    * @param host as in a reference, with its port when it has one
+   * @param way.plainHttp allowed by the host's configuration
    * @throws {RegistryError} when the host must be asked and does not answer
    */
-  async origin(host: string, signal?: AbortSignal): Promise<URL> {
+  async origin(
+    host: string,
+    way: Pick<TransportRequest, 'connection' | 'plainHttp' | 'tolerance' | 'signal'> = {},
+  ): Promise<URL> {
     let secure: URL;
     try {
       secure = hostUrl('https:', host);
@@ -136,13 +203,14 @@ export class Transport {
     }
     const plain = hostUrl('http:', host);
     // With no port given, https means 443 and http means 80: the host must be allowed for the latter.
-    if (!this.#plainHttp.allows(plain)) return secure;
+    if (way.plainHttp !== true && !this.#plainHttp.allows(plain)) return secure;
     let decision = this.#decided.get(host);
     if (decision === undefined) {
-      decision = this.#decide(host, secure, plain);
+      // Whoever else waits for it must not see this one's abort.
+      decision = this.#decide(host, secure, plain, { ...way, signal: undefined });
       this.#decided.set(host, decision);
     }
-    return abortable(decision, signal);
+    return abortable(decision, way.signal);
   }
 
   /** Forgets what was found out about a host, for instance when requests to it begin to fail. */
@@ -186,7 +254,7 @@ export class Transport {
   async close(): Promise<void> {
     if (this.#closed) return;
     this.#closed = true;
-    await this.#agent.destroy();
+    await this.#dispatchers.close();
   }
 
   async #follow(
@@ -196,19 +264,26 @@ export class Transport {
   ): Promise<TransportResponse> {
     const seen = new Set<string>();
     let { url } = request;
-    let authorization = request.authorization;
+    let { authorization } = request;
+    /** Once off its origin, what is for it alone is gone for good, even when a later hop leads back. */
+    let atHome = true;
     const mayFollow = request.followRedirects !== false && request.method !== 'POST';
     for (let redirects = 0; ; redirects++) {
       seen.add(url.href);
-      this.#checkAllowed(url);
-      const data = await this.#exchange(request, url, authorization, signal);
+      this.#checkAllowed(url, atHome && request.plainHttp === true);
+      const from = url;
+      const pass = await this.#enter(url, (atHome && request.tolerance) || ONLY_PLACE, signal);
+      const data = await this.#exchange(request, url, authorization, atHome, signal, pass);
       const location = singleHeader(data.headers, 'location');
       const follow = REDIRECTS.has(data.statusCode) && location !== undefined && mayFollow;
-      const from = url;
+      const outcome = this.#outcomeOf(data, url);
       const body = new ResponseBody(
         data.body,
         (error) => this.#toError(error, from, signal),
-        follow ? () => undefined : release,
+        (broken) => {
+          pass.leave(broken && !signal.aborted ? 'failed' : outcome);
+          if (!follow) release();
+        },
       );
       if (!follow) return new TransportResponse(data.statusCode, url, redirects, body, data.headers);
       await body.discard();
@@ -219,22 +294,63 @@ export class Transport {
       if (from.protocol === 'https:' && url.protocol === 'http:' && !this.#plainHttp.allows(url)) {
         throw redirectError(from, `it is redirected from https to plain http, to ${printableUrl(url)}`);
       }
-      // Once off its origin the header is gone for good, even when a later hop leads back.
-      if (url.origin !== request.url.origin) authorization = undefined;
+      if (url.origin !== request.url.origin) {
+        atHome = false;
+        authorization = undefined;
+      }
     }
+  }
+
+  /** @throws {RegistryError} when nothing is sent to the host for now */
+  async #enter(url: URL, tolerance: Tolerance, signal: AbortSignal): Promise<Pass> {
+    try {
+      return await this.health(url.origin).enter(tolerance, signal);
+    } catch (error) {
+      throw error instanceof RestingError ? this.#resting(error, url) : this.#toError(error, url, signal);
+    }
+  }
+
+  #resting(error: unknown, url: URL): unknown {
+    if (!(error instanceof RestingError)) return error;
+    const why = error.asked ? 'it asked to be left alone' : 'it failed several times and is left alone';
+    return new RegistryError(`${why} for another ${error.leftMs} ms; nothing was sent`, {
+      kind: 'transient',
+      host: url.host,
+      retryAfterMs: error.leftMs,
+      cause: error,
+    });
+  }
+
+  /** What an answer says of its host, if its body comes to its end. */
+  #outcomeOf(data: Dispatcher.ResponseData, url: URL): Outcome {
+    const { statusCode } = data;
+    if (statusCode === 429 || statusCode === 503) {
+      const wait = retryAfterMs(singleHeader(data.headers, 'retry-after'), this.#now());
+      if (wait !== undefined) {
+        this.health(url.origin).rest(wait);
+        return 'unknown';
+      }
+    }
+    return statusCode >= 500 || statusCode === 429 ? 'failed' : 'well';
   }
 
   async #exchange(
     request: TransportRequest,
     url: URL,
     authorization: Authorization | undefined,
+    atHome: boolean,
     signal: AbortSignal,
+    pass: Pass,
   ): Promise<Dispatcher.ResponseData> {
-    if (this.#closed) throw closedError(url, undefined);
-    const headers: Record<string, string> = { 'user-agent': this.#limits.userAgent, ...request.headers };
+    const connection = atHome ? request.connection : withoutClient(request.connection);
+    const headers: Record<string, string> = { 'user-agent': this.#limits.userAgent };
+    if (atHome) Object.assign(headers, request.originHeaders);
+    Object.assign(headers, request.headers);
     if (authorization !== undefined) headers['authorization'] = authorization.reveal();
+    const ends = exchangeBegins(url.host);
     try {
-      return await this.#agent.request({
+      if (this.#closed) throw closedError(url, undefined);
+      const data = await this.#dispatchers.of(url, connection ?? {}).request({
         origin: url.origin,
         path: `${url.pathname}${url.search}`,
         method: request.method ?? 'GET',
@@ -242,19 +358,36 @@ export class Transport {
         body: request.body ?? null,
         signal,
       });
+      ends(data.statusCode);
+      return data;
     } catch (error) {
-      throw this.#toError(error, url, signal);
+      const explained = this.#toError(error, url, signal);
+      if (explained.kind !== 'closed') ends(explained.reason);
+      // A limit on the whole exchange says little of this host; a caller that left says nothing.
+      pass.leave(signal.aborted ? (explained.kind === 'transient' ? 'failed' : 'unknown') : 'dead');
+      throw explained;
     }
   }
 
-  async #decide(host: string, secure: URL, plain: URL): Promise<URL> {
+  async #decide(
+    host: string,
+    secure: URL,
+    plain: URL,
+    way: Pick<TransportRequest, 'connection' | 'plainHttp' | 'tolerance' | 'signal'>,
+  ): Promise<URL> {
     try {
-      await this.#probe(secure);
+      this.health(plain.origin).check();
+    } catch (error) {
+      throw this.#undecided(host, this.#resting(error, plain));
+    }
+    try {
+      // That it does not speak TLS is no trouble.
+      await this.#probe(secure, { ...way, tolerance: ANYTHING });
       return secure;
     } catch (error) {
       if (!(error instanceof RegistryError) || !mayBePlain(error)) throw this.#undecided(host, error);
       // A TLS server answers 400 to plain http: then the trouble with TLS was another one.
-      const status = await this.#probe(plain).catch((plainError: unknown) => {
+      const status = await this.#probe(plain, way).catch((plainError: unknown) => {
         throw this.#undecided(host, plainError);
       });
       if (status === 400) throw this.#undecided(host, error);
@@ -268,8 +401,12 @@ export class Transport {
   }
 
   /** The status of the version check, which every registry answers in some way. */
-  async #probe(base: URL): Promise<number> {
+  async #probe(
+    base: URL,
+    way: Pick<TransportRequest, 'connection' | 'plainHttp' | 'tolerance' | 'signal'>,
+  ): Promise<number> {
     const answer = await this.send({
+      ...way,
       url: new URL('/v2/', base),
       followRedirects: false,
       timeoutMs: this.#limits.connectTimeoutMs + this.#limits.headersTimeoutMs,
@@ -278,8 +415,8 @@ export class Transport {
     return answer.status;
   }
 
-  #checkAllowed(url: URL): void {
-    if (url.protocol === 'https:' || this.#plainHttp.allows(url)) return;
+  #checkAllowed(url: URL, configured: boolean): void {
+    if (url.protocol === 'https:' || configured || this.#plainHttp.allows(url)) return;
     throw new RegistryError(
       `${printableUrl(url)} is plain http; list ${url.host} as an insecure host to allow that`,
       { kind: 'configuration', host: url.host },
