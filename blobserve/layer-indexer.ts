@@ -1,6 +1,6 @@
 /**
  * Makes the index of a classic layer while its blob streams from the registry into the cache: nothing is fetched twice,
- * and what was fetched before an interruption is read from the cache again.
+ * and an interruption is gone on from the last point that was kept (layer/index/resume-journal.ts).
  */
 import { Worker } from 'node:worker_threads';
 import pLimit, { type LimitFunction } from 'p-limit';
@@ -14,6 +14,7 @@ import {
   type LayerIndexFiles,
   type LayerIndexRecord,
 } from './layer/index/layer-index.js';
+import type { ResumeDistance } from './layer/gzip/indexer.js';
 import type { LayerScanOptions } from './layer/index/layer-scan.js';
 import type { ScanReply, ScanRequest } from './layer/index/scan-thread.js';
 import { type BlobReader, ReadError } from './readers/blob-reader.js';
@@ -50,6 +51,8 @@ export interface LayerIndexerOptions {
   readonly workers: number;
   readonly spanSize: number;
   readonly maxUncompressedBytes: number;
+  /** How much may be done again after an interruption; default: that of the indexer. */
+  readonly resumeDistance?: ResumeDistance;
   /** The compiled scan-thread; default: the one beside this file. */
   readonly scanProgram?: URL;
   readonly log: Logger;
@@ -118,22 +121,21 @@ export class LayerIndexer {
     const startedAt = performance.now();
     const blob = await request.open();
     try {
+      let scan = new Scanning(request, files, blob.reader, this.#options);
       let record: LayerIndexRecord;
       try {
-        record = await this.#scan(request, files, blob.reader);
-        if (record.digest !== request.digest) {
-          throw new ReadError(
-            'corrupt',
-            `blob ${request.digest}: what the registry sent has the digest ${record.digest}`,
-          );
-        }
-        checkDiffId(request, record);
+        record = await scan.run().catch((error: unknown) => {
+          if (!isWrong(error) || scan.from === 0) throw error;
+          // What it went on from may be at fault, though it looked right: once more, from the beginning.
+          log.warn({ layer: request.digest, from: scan.from, reason: String(error) }, 'indexing starts anew');
+          scan = new Scanning(request, files, blob.reader, this.#options, true);
+          return scan.run();
+        });
       } catch (error) {
         // Not what was asked for, or nobody can say: it is not kept to be met again.
-        const wrong =
-          error instanceof NotIndexableError || (error instanceof ReadError && error.kind === 'corrupt');
+        const wrong = isWrong(error);
         if (wrong) blob.forget();
-        await clearIndex(files);
+        if (wrong || scan.kept === 0) await clearIndex(files);
         throw error;
       }
       await writeIndexRecord(files, record);
@@ -142,6 +144,7 @@ export class LayerIndexer {
           layer: request.digest,
           bytes: request.size,
           tarBytes: record.tarSize,
+          resumedAt: scan.from,
           ms: Math.round(performance.now() - startedAt),
         },
         'layer indexed',
@@ -151,19 +154,11 @@ export class LayerIndexer {
       await blob.reader.close();
     }
   }
+}
 
-  async #scan(request: IndexRequest, files: LayerIndexFiles, reader: BlobReader): Promise<LayerIndexRecord> {
-    const compression = await compressionOf(request, reader);
-    const { spanSize, maxUncompressedBytes } = this.#options;
-    const workerData: LayerScanOptions = { files, compression, spanSize, maxUncompressedBytes };
-    const program = this.#options.scanProgram ?? new URL('./layer/index/scan-thread.js', import.meta.url);
-    const worker = new Worker(program, { workerData });
-    try {
-      return await feed(worker, reader, request.digest);
-    } finally {
-      await worker.terminate();
-    }
-  }
+/** Whether the layer's bytes are at fault, not the way to them. */
+function isWrong(error: unknown): boolean {
+  return error instanceof NotIndexableError || (error instanceof ReadError && error.kind === 'corrupt');
 }
 
 function checkDiffId(request: IndexRequest, record: LayerIndexRecord): void {
@@ -188,53 +183,111 @@ async function compressionOf(request: IndexRequest, reader: BlobReader): Promise
   );
 }
 
-/** Hands the blob to the thread, a few pieces ahead of it. */
-function feed(worker: Worker, reader: BlobReader, digest: string): Promise<LayerIndexRecord> {
-  return new Promise((resolve, reject) => {
-    let ahead = 0;
-    let offset = 0;
-    let reading = false;
-    let done = false;
-    const fail = (error: unknown): void => {
-      done = true;
-      reject(error);
-    };
-    const next = async (): Promise<void> => {
-      if (reading || done) return;
-      reading = true;
-      try {
-        while (!done && ahead < CHUNKS_AHEAD && offset < reader.size) {
-          const chunk = Buffer.from(new ArrayBuffer(Math.min(CHUNK, reader.size - offset)));
-          await reader.read(chunk, offset);
-          offset += chunk.length;
-          ahead += 1;
-          const request: ScanRequest = { chunk };
-          worker.postMessage(request, [chunk.buffer]);
-          if (offset === reader.size) worker.postMessage({ end: true } satisfies ScanRequest);
+/** One attempt at the index of a layer: a thread, and the blob's bytes handed to it, a few pieces ahead. */
+class Scanning {
+  /** Where in the blob it began. */
+  from = 0;
+  /** Bytes of the blob that the next attempt need not inflate. */
+  kept = 0;
+  #ahead = 0;
+  #offset = 0;
+  #reading = false;
+  #done = false;
+
+  constructor(
+    private readonly request: IndexRequest,
+    private readonly files: LayerIndexFiles,
+    private readonly reader: BlobReader,
+    private readonly options: LayerIndexerOptions,
+    private readonly afresh = false,
+  ) {}
+
+  /** @throws {NotIndexableError | ReadError} as `ensure` does */
+  async run(): Promise<LayerIndexRecord> {
+    const { request, files, options } = this;
+    const { digest, size } = request;
+    const compression = await compressionOf(request, this.reader);
+    const { spanSize, maxUncompressedBytes, resumeDistance: distance } = options;
+    const resumable = { digest, size, afresh: this.afresh, ...(distance && { distance }) };
+    const workerData: LayerScanOptions = { files, compression, spanSize, maxUncompressedBytes, resumable };
+    const program = options.scanProgram ?? new URL('./layer/index/scan-thread.js', import.meta.url);
+    const worker = new Worker(program, { workerData });
+    let record: LayerIndexRecord;
+    try {
+      record = await this.#feed(worker);
+    } finally {
+      await worker.terminate();
+    }
+    if (record.digest !== digest) {
+      throw new ReadError(
+        'corrupt',
+        `blob ${digest}: what the registry sent has the digest ${record.digest}`,
+      );
+    }
+    checkDiffId(request, record);
+    return record;
+  }
+
+  #feed(worker: Worker): Promise<LayerIndexRecord> {
+    const { digest } = this.request;
+    return new Promise((resolve, reject) => {
+      const fail = (error: unknown): void => {
+        this.#done = true;
+        reject(error);
+      };
+      worker.on('message', (reply: ScanReply) => {
+        if ('record' in reply) {
+          this.#done = true;
+          resolve(reply.record);
+        } else if ('from' in reply) {
+          this.#begin(reply);
+          void this.#next(worker, fail);
+        } else if ('taken' in reply) {
+          this.#ahead -= 1;
+          this.kept = reply.kept;
+          void this.#next(worker, fail);
+        } else if (reply.failed === 'layer') {
+          fail(new NotIndexableError(`layer ${digest}: ${reply.message}`));
+        } else {
+          fail(new ReadError('local', `layer ${digest} cannot be indexed: ${reply.message}`));
         }
-      } catch (error) {
-        fail(error);
-      } finally {
-        reading = false;
-      }
-    };
-    worker.on('message', (reply: ScanReply) => {
-      if ('record' in reply) {
-        done = true;
-        resolve(reply.record);
-      } else if ('taken' in reply) {
-        ahead -= 1;
-        void next();
-      } else if (reply.failed === 'layer') {
-        fail(new NotIndexableError(`layer ${digest}: ${reply.message}`));
-      } else {
-        fail(new ReadError('local', `layer ${digest} cannot be indexed: ${reply.message}`));
-      }
+      });
+      worker.once('error', fail);
+      worker.once('exit', (code) =>
+        fail(new ReadError('local', `layer ${digest}: the indexing thread ended with ${code}`)),
+      );
     });
-    worker.once('error', fail);
-    worker.once('exit', (code) =>
-      fail(new ReadError('local', `layer ${digest}: the indexing thread ended with ${code}`)),
-    );
-    void next();
-  });
+  }
+
+  #begin({ from, unusable }: { readonly from: number; readonly unusable?: string }): void {
+    const { log } = this.options;
+    const layer = this.request.digest;
+    if (unusable !== undefined) {
+      log.warn({ layer, reason: unusable }, 'an interrupted indexing cannot be gone on with, it starts anew');
+    }
+    if (from > 0)
+      log.info({ layer, from, bytes: this.request.size }, 'indexing goes on where it was interrupted');
+    this.from = this.kept = this.#offset = from;
+  }
+
+  async #next(worker: Worker, fail: (error: unknown) => void): Promise<void> {
+    const { reader } = this;
+    if (this.#reading || this.#done) return;
+    this.#reading = true;
+    try {
+      while (!this.#done && this.#ahead < CHUNKS_AHEAD && this.#offset < reader.size) {
+        const chunk = Buffer.from(new ArrayBuffer(Math.min(CHUNK, reader.size - this.#offset)));
+        await reader.read(chunk, this.#offset);
+        this.#offset += chunk.length;
+        this.#ahead += 1;
+        const request: ScanRequest = { chunk };
+        worker.postMessage(request, [chunk.buffer]);
+        if (this.#offset === reader.size) worker.postMessage({ end: true } satisfies ScanRequest);
+      }
+    } catch (error) {
+      fail(error);
+    } finally {
+      this.#reading = false;
+    }
+  }
 }

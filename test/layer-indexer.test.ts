@@ -177,6 +177,82 @@ describe.skipIf(!existsSync(scanProgram))('the layer indexer', () => {
     expect(await indexer.ensure(request)).toMatchObject({ digest: sha256(large) });
   });
 
+  describe('that has been interrupted', () => {
+    const large = tarOf(4, 24_000_000);
+    const blob = gzipSync(large, { level: 1 });
+    const distance = { compressed: 1 << 20, uncompressed: 1 << 30 };
+    const failure = new ReadError('transient', 'the registry is away');
+    let resuming: LayerIndexer;
+    const warnings: string[] = [];
+    beforeEach(() => {
+      warnings.length = 0;
+      resuming = new LayerIndexer({
+        directory,
+        workers: 1,
+        spanSize: 1 << 20,
+        maxUncompressedBytes: 1 << 30,
+        resumeDistance: distance,
+        scanProgram,
+        log: pino({ level: 'warn' }, { write: (line) => void warnings.push(line) }),
+      });
+    });
+
+    it('reads only what is behind its last point, and gives the same files', async () => {
+      const { request: undisturbed } = requestFor(blob);
+      const record = await resuming.ensure(undisturbed);
+      const files = resuming.files(undisturbed.digest);
+      const [tarindex, checkpoints] = [await readFile(files.tarindex), await readFile(files.checkpoints)];
+      await rm(files.record);
+
+      const stop = Math.floor(blob.length * 0.75);
+      let broken = true;
+      const offsets: number[] = [];
+      const { request, blobs } = requestFor(blob, { diffId: sha256(large) }, (offset) => {
+        if (offset > 0) offsets.push(offset);
+        if (broken && offset > stop) throw failure;
+      });
+      await expect(resuming.ensure(request)).rejects.toBe(failure);
+      expect(blobs).toMatchObject([{ closed: 1, forgotten: 0 }]);
+      expect((await kept()).map((name) => path.extname(name)).sort()).toContain('.resume');
+      broken = false;
+      offsets.length = 0;
+      expect(await resuming.ensure(request)).toEqual(record);
+      // A point each MiB, at most four pieces of a MiB ahead of the thread, and one being written.
+      expect(offsets[0]).toBeGreaterThan(stop - 8 * 1024 * 1024);
+      expect(offsets[0]).toBeLessThan(stop);
+      expect(await readFile(files.tarindex)).toEqual(tarindex);
+      expect(await readFile(files.checkpoints)).toEqual(checkpoints);
+      expect(await kept()).toHaveLength(3);
+      expect(warnings).toEqual([]);
+    });
+
+    it('starts anew when what it went on from was of another blob, and does not blame the layer', async () => {
+      const other = gzipSync(tarOf(5, 24_000_000), { level: 1 });
+      const lie = { digest: sha256(blob) };
+      const wrong = requestFor(other.subarray(0, blob.length), lie, (offset) => {
+        if (offset > blob.length * 0.75) throw failure;
+      });
+      await expect(resuming.ensure(wrong.request)).rejects.toBe(failure);
+      const { request, blobs } = requestFor(blob);
+      expect(await resuming.ensure(request)).toMatchObject({ digest: sha256(blob), diffId: sha256(large) });
+      expect(blobs).toMatchObject([{ closed: 1, forgotten: 0 }]);
+      expect(warnings).toEqual([expect.stringContaining('indexing starts anew')]);
+    });
+
+    it('is refused, and leaves nothing, when the layer turns out to be wrong from the beginning too', async () => {
+      let broken = true;
+      const claims = { diffId: sha256(tar) };
+      const { request, blobs } = requestFor(blob, claims, (offset) => {
+        if (broken && offset > blob.length * 0.75) throw failure;
+      });
+      await expect(resuming.ensure(request)).rejects.toBe(failure);
+      broken = false;
+      await expect(resuming.ensure(request)).rejects.toMatchObject({ kind: 'corrupt' });
+      expect(blobs.map(({ forgotten }) => forgotten)).toEqual([0, 1]);
+      expect(await kept()).toEqual([]);
+    });
+  });
+
   it.each(['json', 'erofs', 'zwin'])(
     'makes an index again whose .%s is damaged or gone',
     async (extension) => {

@@ -2,7 +2,7 @@
  * The memory that an indexing thread shares with its hashing thread: a ring of slots, each with bytes for one of several
  * SHA-256 computations. Both sides wait with Atomics, so the indexing thread needs no event loop to hand bytes on.
  *
- *     i32 slots written | i32 slots done | for each slot: i32 stream, i32 length (-1: end the stream) | the slots' bytes
+ *     i32 slots written | i32 slots done | for each slot: i32 stream, i32 length or what to do | the slots' bytes
  *
  * Counts run on modulo 2^32. When a stream ends, its digest is put in the slot that said so.
  */
@@ -11,6 +11,10 @@ export const SLOT_SIZE = 256 * 1024;
 export const DIGEST_SIZE = 32;
 /** In place of a length: the stream is complete. */
 export const END = -1;
+/** In place of a length: put the stream's state in the slot. */
+export const SAVE = -2;
+/** In place of a length: the slot has the state from which the stream goes on. */
+export const RESUME = -3;
 /** In place of a stream's number: the thread is to end. */
 export const QUIT = -1;
 

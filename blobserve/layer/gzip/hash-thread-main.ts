@@ -1,11 +1,11 @@
 /** The hashing thread: takes slots from the ring until it is told to quit. Started by hash-thread.ts. */
-import { createHash, type Hash } from 'node:crypto';
 import { parentPort, workerData } from 'node:worker_threads';
-import { END, HashRing, QUIT } from './hash-ring.js';
+import { openSha256, type Sha256, SHA256_STATE_SIZE } from '../../linux/sha256.js';
+import { END, HashRing, QUIT, RESUME, SAVE } from './hash-ring.js';
 
 if (!(workerData instanceof SharedArrayBuffer)) throw new Error('the hashing thread needs its ring');
 const ring = new HashRing(workerData);
-const streams = new Map<number, Hash>();
+const streams = new Map<number, Sha256>();
 parentPort?.postMessage('ready');
 
 for (let count = 0; ;) {
@@ -15,13 +15,17 @@ for (let count = 0; ;) {
   }
   const { stream, length } = ring.description(count);
   if (stream === QUIT) break;
-  const hash = streams.get(stream) ?? createHash('sha256');
-  if (length === END) {
-    hash.digest().copy(ring.slot(count));
-    streams.delete(stream);
+  const slot = ring.slot(count);
+  if (length === RESUME) {
+    streams.set(stream, openSha256(Buffer.from(slot.subarray(0, SHA256_STATE_SIZE))));
   } else {
-    hash.update(ring.slot(count).subarray(0, length));
+    const hash = streams.get(stream) ?? openSha256();
     streams.set(stream, hash);
+    if (length === END) {
+      hash.digest().copy(slot);
+      streams.delete(stream);
+    } else if (length === SAVE) hash.save?.().copy(slot);
+    else hash.update(slot.subarray(0, length));
   }
   count = (count + 1) | 0;
   Atomics.store(ring.control, HashRing.DONE, count);

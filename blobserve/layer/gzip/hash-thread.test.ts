@@ -1,5 +1,5 @@
 import { createHash } from 'node:crypto';
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
@@ -12,14 +12,17 @@ import { mixture, random } from './sample-data.js';
 // A thread is started from a compiled file; tests run from the sources.
 const directory = mkdtempSync(path.join(tmpdir(), 'hash-thread-'));
 writeFileSync(path.join(directory, 'package.json'), '{"type":"module"}');
-for (const name of ['hash-ring', 'hash-thread-main']) {
-  const source = readFileSync(fileURLToPath(new URL(`./${name}.ts`, import.meta.url)), 'utf8');
+const blobserve = fileURLToPath(new URL('../..', import.meta.url));
+symlinkSync(path.join(blobserve, '..', 'node_modules'), path.join(directory, 'node_modules'));
+for (const folder of ['linux', 'layer/gzip']) mkdirSync(path.join(directory, folder), { recursive: true });
+for (const name of ['linux/sha256', 'layer/gzip/hash-ring', 'layer/gzip/hash-thread-main']) {
+  const source = readFileSync(path.join(blobserve, `${name}.ts`), 'utf8');
   const { outputText } = ts.transpileModule(source, {
     compilerOptions: { module: ts.ModuleKind.ESNext, target: ts.ScriptTarget.ES2022 },
   });
   writeFileSync(path.join(directory, `${name}.js`), outputText);
 }
-const entry = pathToFileURL(path.join(directory, 'hash-thread-main.js'));
+const entry = pathToFileURL(path.join(directory, 'layer/gzip/hash-thread-main.js'));
 afterAll(() => rmSync(directory, { recursive: true }));
 
 it('hashes several streams at once, of any sizes, as node:crypto does', async () => {
@@ -38,4 +41,21 @@ it('hashes several streams at once, of any sizes, as node:crypto does', async ()
   expect(thread.sha256().digest()).toEqual(createHash('sha256').digest());
   await thread.close();
   await thread.close();
+});
+
+it('goes on from a state saved while other bytes were still on their way', async () => {
+  const data = mixture(3_000_000, 78);
+  const first = await HashThread.start(entry);
+  const hash = first.sha256();
+  hash.update(data.subarray(0, 2_000_001));
+  const state = hash.save?.() ?? Buffer.alloc(0);
+  hash.update(data.subarray(2_000_001));
+  expect(hash.digest()).toEqual(createHash('sha256').update(data).digest());
+  await first.close();
+  const second = await HashThread.start(entry);
+  const resumed = second.sha256(state);
+  resumed.update(data.subarray(2_000_001));
+  expect(() => second.sha256(Buffer.alloc(112))).toThrow(RangeError);
+  expect(resumed.digest()).toEqual(createHash('sha256').update(data).digest());
+  await second.close();
 });

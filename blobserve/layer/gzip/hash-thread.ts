@@ -4,13 +4,8 @@
  */
 import { once } from 'node:events';
 import { Worker } from 'node:worker_threads';
-import { DIGEST_SIZE, END, HashRing, QUIT, SLOT_SIZE, SLOTS } from './hash-ring.js';
-
-/** What an indexer hashes with; `createHash('sha256')` is one. */
-export interface Digest {
-  update(bytes: Buffer): unknown;
-  digest(): Buffer;
-}
+import { nativeSha256, type Sha256, SHA256_STATE_SIZE } from '../../linux/sha256.js';
+import { DIGEST_SIZE, END, HashRing, QUIT, RESUME, SAVE, SLOT_SIZE, SLOTS } from './hash-ring.js';
 
 /** A slot takes a fraction of a millisecond: a thread that is silent so long is dead. */
 const PATIENCE_MS = 30_000;
@@ -39,25 +34,31 @@ export class HashThread {
     return new HashThread(memory, worker);
   }
 
-  /** A new SHA-256; without `digest` it is never freed before the thread. */
-  sha256(): Digest {
+  /**
+   * A new SHA-256, or one that goes on from a saved state; without `digest` it is never freed before the thread.
+   *
+   * @throws {RangeError} when no state can be gone on with here
+   */
+  sha256(state?: Buffer): Sha256 {
     const stream = this.#streams++;
+    const native = nativeSha256();
+    if (state !== undefined) {
+      // What it is, is checked here: there an error would end the thread.
+      if (!native.available) throw new RangeError(`no SHA-256 can be gone on with: ${native.reason}`);
+      native.open(state);
+      this.#nextSlot().set(state);
+      this.#hand(stream, RESUME);
+    }
     return {
       update: (bytes) => {
         for (let at = 0; at < bytes.length; at += SLOT_SIZE) {
           const part = bytes.subarray(at, at + SLOT_SIZE);
-          this.#waitFor(SLOTS - 1);
-          part.copy(this.#ring.slot(this.#written));
+          part.copy(this.#nextSlot());
           this.#hand(stream, part.length);
         }
       },
-      digest: () => {
-        this.#waitFor(SLOTS - 1);
-        const slot = this.#ring.slot(this.#written);
-        this.#hand(stream, END);
-        this.#waitFor(0);
-        return Buffer.from(slot.subarray(0, DIGEST_SIZE));
-      },
+      digest: () => this.#ask(stream, END, DIGEST_SIZE),
+      ...(native.available && { save: () => this.#ask(stream, SAVE, SHA256_STATE_SIZE) }),
     };
   }
 
@@ -65,11 +66,25 @@ export class HashThread {
   close(): Promise<void> {
     this.#closing ??= (async () => {
       const ended = once(this.#worker, 'exit');
-      this.#waitFor(SLOTS - 1);
+      this.#nextSlot();
       this.#hand(QUIT, END);
       await ended;
     })();
     return this.#closing;
+  }
+
+  /** The slot to fill next, as soon as it is free. */
+  #nextSlot(): Buffer {
+    this.#waitFor(SLOTS - 1);
+    return this.#ring.slot(this.#written);
+  }
+
+  /** Has the thread do everything it was given, and then put an answer in a slot. */
+  #ask(stream: number, what: number, size: number): Buffer {
+    const slot = this.#nextSlot();
+    this.#hand(stream, what);
+    this.#waitFor(0);
+    return Buffer.from(slot.subarray(0, size));
   }
 
   #hand(stream: number, length: number): void {

@@ -4,18 +4,17 @@
  *
  * Plain synchronous calls that use a core for as long as they run: for a worker thread, never for the thread that serves.
  *
- * There is no state to save and resume from. What would have to be resumed are SHA-256 computations, which node:crypto
- * cannot save, and the tar scanner's. After a restart the compressed bytes that are in the cache are fed in again from
- * the local disk, at the speed of inflation, and the network's go on behind them; nothing is fetched twice. The same
- * bytes give the same index, however they are split.
+ * At some of the checkpoints its whole state can be kept, and another indexer goes on from there: a checkpoint is a place
+ * where inflation can start, a span digest begins there, and the two digests of the whole are saved (linux/sha256.ts). The
+ * same bytes give the same index, however they are split, and wherever it was gone on with.
  */
 import { createHash, type Hash } from 'node:crypto';
 import { crc32 } from 'node:zlib';
+import { openSha256, type Sha256 } from '../../linux/sha256.js';
 import { InflateError, type RawInflater, WINDOW_SIZE } from '../../linux/zlib.js';
 import { DEFAULT_SPAN_SIZE } from './checkpoints.js';
 import { GzipError } from './gzip-error.js';
 import { checkTrailer, FIRST_BYTE, GzipHeader, TRAILER_SIZE } from './header.js';
-import type { Digest } from './hash-thread.js';
 import { openRawInflater } from './raw-inflater.js';
 
 /** Output in one piece: fits a core's cache, so that the hash finds it there. */
@@ -37,6 +36,29 @@ export interface IndexedCheckpoint {
   readonly window: Buffer;
 }
 
+/** All that an indexer needs to go on behind a checkpoint. Numbers are bytes. */
+export interface IndexerState {
+  /** The checkpoint; its window belongs to the state. */
+  readonly checkpoint: IndexedCheckpoint;
+  /** The byte before it, of which it may need bits. */
+  readonly byteBefore: number;
+  readonly members: number;
+  /** Where the member under way began in the uncompressed bytes, and the CRC32 of its output so far. */
+  readonly memberStart: number;
+  readonly memberCrc: number;
+  /** SHA-256 of each span before the checkpoint. */
+  readonly spanDigests: readonly Buffer[];
+  /** States of the two SHA-256 over everything before the checkpoint. */
+  readonly blobHash: Buffer;
+  readonly diffHash: Buffer;
+}
+
+/** How much may be done again after an interruption. */
+export interface ResumeDistance {
+  readonly compressed: number;
+  readonly uncompressed: number;
+}
+
 export interface IndexerOptions {
   /** Uncompressed bytes after which the next block boundary is a checkpoint. Default 4 MiB. */
   readonly spanSize?: number;
@@ -49,8 +71,22 @@ export interface IndexerOptions {
   /** Who inflates; the indexer closes it. Default: zlib. */
   readonly inflater?: RawInflater;
   /** Makes the SHA-256 of blob and diff ID: a hash thread's `sha256` uses a second core. Default: node:crypto. */
-  readonly sha256?: () => Digest;
+  readonly sha256?: (state?: Buffer) => Sha256;
+  /**
+   * Called at the first checkpoint after so many bytes since the start or the last call, when all output before it has
+   * been handed on; the state is valid until the callback returns. Not called where SHA-256 cannot be saved.
+   */
+  readonly onResumePoint?: (state: IndexerState) => void;
+  /** Default: 32 MiB compressed or 256 MiB uncompressed, about a second of work. */
+  readonly resumeDistance?: ResumeDistance;
+  /** Where to go on; the bytes behind its checkpoint are written next. */
+  readonly resumeFrom?: IndexerState;
 }
+
+const DEFAULT_RESUME_DISTANCE: ResumeDistance = {
+  compressed: 32 * 1024 * 1024,
+  uncompressed: 256 * 1024 * 1024,
+};
 
 export interface IndexSummary {
   readonly sizes: { readonly compressed: number; readonly uncompressed: number };
@@ -74,8 +110,8 @@ export class GzipIndexer {
   readonly #inflater: RawInflater;
   readonly #output = Buffer.from(new ArrayBuffer(OUTPUT_SIZE));
   readonly #window = Buffer.from(new ArrayBuffer(WINDOW_SIZE));
-  readonly #blobHash: Digest;
-  readonly #diffHash: Digest;
+  readonly #blobHash: Sha256;
+  readonly #diffHash: Sha256;
   readonly #spanDigests: Buffer[] = [];
   #spanHash: Hash | undefined;
   #state: State = 'header';
@@ -92,6 +128,10 @@ export class GzipIndexer {
   /** Where the chunk being written begins in the blob, and the byte before it. */
   #chunkStart = 0;
   #byteBefore = 0;
+  /** Bytes of the chunk being written that the blob's hash has. */
+  #blobHashed = 0;
+  readonly #resumeDistance: ResumeDistance;
+  #lastResumePoint: ResumeDistance = { compressed: 0, uncompressed: 0 };
 
   constructor(options: IndexerOptions) {
     this.#options = options;
@@ -99,10 +139,13 @@ export class GzipIndexer {
     if (!Number.isSafeInteger(this.#spanSize) || this.#spanSize < WINDOW_SIZE) {
       throw new RangeError(`a span of ${this.#spanSize} bytes is less than a window`);
     }
-    const sha256 = options.sha256 ?? ((): Digest => createHash('sha256'));
-    this.#blobHash = sha256();
-    this.#diffHash = sha256();
+    this.#resumeDistance = options.resumeDistance ?? DEFAULT_RESUME_DISTANCE;
+    const sha256 = options.sha256 ?? openSha256;
+    const { resumeFrom } = options;
+    this.#blobHash = sha256(resumeFrom?.blobHash);
+    this.#diffHash = sha256(resumeFrom?.diffHash);
     this.#inflater = options.inflater ?? openRawInflater();
+    if (resumeFrom !== undefined) this.#resume(resumeFrom);
   }
 
   /** Uncompressed bytes so far. */
@@ -121,8 +164,10 @@ export class GzipIndexer {
       throw new Error(`the indexer has ${this.#state}`);
     }
     try {
-      this.#blobHash.update(chunk);
+      this.#blobHashed = 0;
       this.#take(chunk);
+      this.#blobHash.update(chunk.subarray(this.#blobHashed));
+      this.#chunkStart += chunk.length;
     } catch (error) {
       this.#state = 'failed';
       throw error;
@@ -167,7 +212,12 @@ export class GzipIndexer {
     const checkpoint = (bits: number): void => {
       this.#spanHash?.update(chunk.subarray(hashed, at));
       hashed = at;
-      this.#checkpoint(this.#chunkStart + at, bits, at > 0 ? (chunk[at - 1] ?? 0) : this.#byteBefore);
+      const byteBefore = at > 0 ? (chunk[at - 1] ?? 0) : this.#byteBefore;
+      const point = this.#checkpoint(this.#chunkStart + at, bits, byteBefore);
+      if (!this.#resumePointIsDue(point)) return;
+      this.#blobHash.update(chunk.subarray(this.#blobHashed, at));
+      this.#blobHashed = at;
+      this.#resumePoint(point, byteBefore);
     };
     // Inflation may have output left when the input is used up: only a step that leaves room ends the loop.
     let pending = false;
@@ -223,7 +273,6 @@ export class GzipIndexer {
     }
     this.#spanHash?.update(chunk.subarray(hashed));
     this.#byteBefore = chunk.at(-1) ?? this.#byteBefore;
-    this.#chunkStart += chunk.length;
   }
 
   #inflate(chunk: Buffer, at: number): ReturnType<RawInflater['step']> {
@@ -270,14 +319,60 @@ export class GzipIndexer {
     return this.#uncompressed - this.#lastCheckpoint >= this.#spanSize / MEMBER_DISTANCE_SHARE;
   }
 
-  #checkpoint(position: number, bits: number, byteBefore: number): void {
+  #checkpoint(position: number, bits: number, byteBefore: number): IndexedCheckpoint {
     this.#endSpan();
+    this.#beginSpan(bits, byteBefore);
+    const length = this.#inflater.copyWindow(this.#window);
+    const window = this.#window.subarray(0, length);
+    const point = { in: position, out: this.#uncompressed, bits, window };
+    this.#options.onCheckpoint(point);
+    return point;
+  }
+
+  #beginSpan(bits: number, byteBefore: number): void {
     this.#spanHash = createHash('sha256');
     if (bits > 0) this.#spanHash.update(Buffer.of(byteBefore));
     this.#lastCheckpoint = this.#uncompressed;
-    const length = this.#inflater.copyWindow(this.#window);
-    const window = this.#window.subarray(0, length);
-    this.#options.onCheckpoint({ in: position, out: this.#uncompressed, bits, window });
+  }
+
+  #resumePointIsDue(point: IndexedCheckpoint): boolean {
+    if (this.#options.onResumePoint === undefined || this.#diffHash.save === undefined) return false;
+    return (
+      point.in - this.#lastResumePoint.compressed >= this.#resumeDistance.compressed ||
+      point.out - this.#lastResumePoint.uncompressed >= this.#resumeDistance.uncompressed
+    );
+  }
+
+  #resumePoint(checkpoint: IndexedCheckpoint, byteBefore: number): void {
+    this.#flush();
+    const [blobHash, diffHash] = [this.#blobHash.save?.(), this.#diffHash.save?.()];
+    if (blobHash === undefined || diffHash === undefined) return;
+    this.#lastResumePoint = { compressed: checkpoint.in, uncompressed: checkpoint.out };
+    this.#options.onResumePoint?.({
+      checkpoint,
+      byteBefore,
+      members: this.#members,
+      memberStart: this.#memberStart,
+      memberCrc: this.#memberCrc,
+      spanDigests: this.#spanDigests,
+      blobHash,
+      diffHash,
+    });
+  }
+
+  #resume({ checkpoint, byteBefore, ...state }: IndexerState): void {
+    const { bits, window } = checkpoint;
+    this.#inflater.reset({ bits, lastByte: byteBefore, window });
+    this.#state = 'deflate';
+    this.#chunkStart = checkpoint.in;
+    this.#byteBefore = byteBefore;
+    this.#uncompressed = checkpoint.out;
+    this.#members = state.members;
+    this.#memberStart = state.memberStart;
+    this.#memberCrc = state.memberCrc;
+    for (const digest of state.spanDigests) this.#spanDigests.push(digest);
+    this.#beginSpan(bits, byteBefore);
+    this.#lastResumePoint = { compressed: checkpoint.in, uncompressed: checkpoint.out };
   }
 
   #endSpan(): void {

@@ -10,6 +10,7 @@
  */
 import { type FileHandle, open, rename, rm } from 'node:fs/promises';
 import path from 'node:path';
+import { createHash } from 'node:crypto';
 import { crc32, inflateRaw } from 'node:zlib';
 import { promisify } from 'node:util';
 import { deflateSync } from 'fflate';
@@ -53,6 +54,8 @@ const HAS_DIGESTS = 1;
 /** Deflate may make a window that does not compress a little longer. */
 const MAX_STORED = WINDOW_SIZE + 1024;
 const WINDOWS_IN_MEMORY = 8;
+const COPY_PIECE = 1024 * 1024;
+export const ZWIN_ROW_SIZE = ROW.size;
 
 const inflateRawAsync = promisify(inflateRaw);
 
@@ -80,10 +83,19 @@ export interface ZwinSummary {
   readonly spanDigests: Buffer | undefined;
 }
 
+/** How far an unfinished container has come: what `<file>.partial` must hold to be gone on with. */
+export interface ZwinMark {
+  /** Where its windows end, in bytes of the file. */
+  readonly end: number;
+  /** SHA-256 of the windows. */
+  readonly digest: Buffer;
+}
+
 /** Writes a container: `add` each checkpoint in order, then `finish` or `abandon`. */
 export class ZwinWriter {
   #offset = HEADER.size;
   readonly #rows: Buffer[] = [];
+  readonly #windows = createHash('sha256');
 
   private constructor(
     readonly path: string,
@@ -95,6 +107,57 @@ export class ZwinWriter {
   static async create(file: string): Promise<ZwinWriter> {
     const temporary = `${file}.partial`;
     return new ZwinWriter(file, temporary, await open(temporary, 'w', 0o600));
+  }
+
+  /**
+   * Goes on with a container that was not finished.
+   *
+   * @param rows its checkpoints, as `rowsFrom` gave them
+   * @throws {CheckpointError} when the file is not there or not what the mark says
+   */
+  static async resume(file: string, rows: readonly Buffer[], mark: ZwinMark): Promise<ZwinWriter> {
+    const temporary = `${file}.partial`;
+    const handle = await open(temporary, 'r+').catch((error: NodeJS.ErrnoException) => {
+      throw new CheckpointError(`${temporary}: cannot be opened (${error.code ?? error.message})`);
+    });
+    try {
+      const writer = new ZwinWriter(file, temporary, handle);
+      const piece = Buffer.allocUnsafeSlow(COPY_PIECE);
+      for (; writer.#offset < mark.end;) {
+        const part = piece.subarray(0, Math.min(piece.length, mark.end - writer.#offset));
+        await readAll(temporary, handle, part, writer.#offset);
+        writer.#windows.update(part);
+        writer.#offset += part.length;
+      }
+      if (!writer.mark().digest.equals(mark.digest)) {
+        throw new CheckpointError(`${temporary}: its windows are not those that were written`);
+      }
+      await handle.truncate(mark.end);
+      for (const row of rows) writer.#rows.push(row);
+      return writer;
+    } catch (error) {
+      await handle.close();
+      throw error;
+    }
+  }
+
+  /** Checkpoints so far. */
+  get count(): number {
+    return this.#rows.length;
+  }
+
+  /** The checkpoints from one on, in the form that `resume` takes. */
+  rowsFrom(first: number): readonly Buffer[] {
+    return this.#rows.slice(first);
+  }
+
+  mark(): ZwinMark {
+    return { end: this.#offset, digest: this.#windows.copy().digest() };
+  }
+
+  /** Waits until the windows so far are on the disk. */
+  async sync(): Promise<void> {
+    await this.file.datasync();
   }
 
   async add(
@@ -115,6 +178,7 @@ export class ZwinWriter {
       bits: checkpoint.bits,
     });
     this.#rows.push(row);
+    this.#windows.update(window.stored);
     await writeAll(this.file, window.stored, this.#offset);
     this.#offset += window.stored.length;
   }
@@ -281,7 +345,12 @@ async function readTable(
       throw refuse(`window ${i} has ${row.storedSize} bytes for ${row.windowSize}`);
     }
   }
-  const table = new CheckpointTable(sizes, Number(header.spanSize), ins, outs, bits);
+  let table: CheckpointTable;
+  try {
+    table = new CheckpointTable(sizes, Number(header.spanSize), ins, outs, bits);
+  } catch (error) {
+    throw error instanceof CheckpointError ? refuse(error.message) : error;
+  }
   return { table, spanDigests: digests, rows };
 }
 

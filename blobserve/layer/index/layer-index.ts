@@ -4,6 +4,7 @@
  *     <hex>.erofs   the tarindex: an EROFS image of metadata only, whose files' data is in the tar
  *     <hex>.zwin    checkpoints into the gzip stream; absent for a plain tar
  *     <hex>.json    what the two belong to; written last, so an index exists when this file does
+ *     <hex>.resume  while the index is being made: what an interruption is gone on from (resume-journal.ts)
  */
 import { createHash } from 'node:crypto';
 import { createReadStream } from 'node:fs';
@@ -65,6 +66,8 @@ export interface LayerIndexFiles {
   readonly tarindex: string;
   readonly checkpoints: string;
   readonly record: string;
+  /** What an interrupted indexing goes on from; gone when the record is there. */
+  readonly journal: string;
 }
 
 /**
@@ -74,7 +77,12 @@ export interface LayerIndexFiles {
 export function indexFiles(directory: string, digest: string): LayerIndexFiles {
   if (!DIGEST.test(digest)) throw new LayerIndexError(`${JSON.stringify(digest)} is no digest`);
   const base = path.join(directory, digest.replace(':', '/'));
-  return { tarindex: `${base}.erofs`, checkpoints: `${base}.zwin`, record: `${base}.json` };
+  return {
+    tarindex: `${base}.erofs`,
+    checkpoints: `${base}.zwin`,
+    record: `${base}.json`,
+    journal: `${base}.resume`,
+  };
 }
 
 async function sync(name: string): Promise<void> {
@@ -163,7 +171,7 @@ async function checkFile(file: string, digest: string, size?: number): Promise<v
 /** Makes room for a new index. */
 export async function clearIndex(files: LayerIndexFiles): Promise<void> {
   await mkdir(path.dirname(files.record), { recursive: true, mode: 0o700 });
-  for (const file of [files.record, files.tarindex, files.checkpoints]) {
+  for (const file of [files.record, files.tarindex, files.checkpoints, files.journal]) {
     await rm(file, { force: true });
     await rm(`${file}.partial`, { force: true });
   }

@@ -4,11 +4,13 @@
  * Plain calls that use a core for as long as they run: for a thread of its own (scan-thread.ts).
  */
 import { createHash } from 'node:crypto';
-import { open, rename } from 'node:fs/promises';
+import { existsSync } from 'node:fs';
+import { open, rename, rm } from 'node:fs/promises';
+import type { TarEntry } from '../tar/entry.js';
 import { buildTarIndex } from '../erofs/tarindex.js';
+import { openSha256, type Sha256 } from '../../linux/sha256.js';
 import { GzipError } from '../gzip/gzip-error.js';
-import type { Digest } from '../gzip/hash-thread.js';
-import { GzipIndexer } from '../gzip/indexer.js';
+import { GzipIndexer, type IndexerState, type ResumeDistance } from '../gzip/indexer.js';
 import { type PackedWindow, packWindow, ZwinWriter } from '../gzip/zwin.js';
 import { TarScanner } from '../tar/scanner.js';
 import { LayerTreeBuilder } from '../tar/tree-builder.js';
@@ -19,6 +21,7 @@ import {
   type LayerIndexFiles,
   type LayerIndexRecord,
 } from './layer-index.js';
+import { type JournalIdentity, type OpenPoint, ResumeJournal, type ResumePoint } from './resume-journal.js';
 
 export interface LayerScanOptions {
   readonly files: LayerIndexFiles;
@@ -27,6 +30,15 @@ export interface LayerScanOptions {
   readonly spanSize: number;
   /** More uncompressed bytes than this are refused. */
   readonly maxUncompressedBytes: number;
+  /** When an interruption is to be gone on from: which blob it is. A plain tar is hashed again, which is fast. */
+  readonly resumable?: {
+    readonly digest: string;
+    readonly size: number;
+    /** Default: that of the indexer. */
+    readonly distance?: ResumeDistance;
+    /** Start from the beginning, whatever was kept. */
+    readonly afresh?: boolean;
+  };
 }
 
 interface ReadyCheckpoint {
@@ -36,42 +48,105 @@ interface ReadyCheckpoint {
   readonly window: PackedWindow;
 }
 
-/** Call `write` with the blob's bytes in order, then `finish` once, or `abandon`. */
+/** What a scan goes on from, opened. */
+interface Kept {
+  readonly journal: ResumeJournal;
+  readonly checkpoints: ZwinWriter;
+  readonly point: ResumePoint;
+}
+
+/** Call `write` with the blob's bytes from `from` on in order, then `finish` once, or `abandon`. */
 export class LayerScan {
+  /** Where in the blob the bytes begin that are wanted: 0, or where an interrupted scan is gone on with. */
+  readonly from: number;
   readonly #options: LayerScanOptions;
-  readonly #tree = new LayerTreeBuilder();
-  readonly #scanner = new TarScanner((entry) => this.#tree.add(entry));
-  readonly #plainHash: Digest | undefined;
+  readonly #tree: LayerTreeBuilder;
+  readonly #scanner: TarScanner;
+  readonly #plainHash: Sha256 | undefined;
   readonly #gzip: GzipIndexer | undefined;
   readonly #checkpoints: ZwinWriter | undefined;
+  #journal: ResumeJournal | undefined;
   #ready: ReadyCheckpoint[] = [];
-  #written = 0;
+  #point: OpenPoint | undefined;
+  #keeping: Promise<void> = Promise.resolve();
+  #kept = 0;
+  #written: number;
 
-  private constructor(options: LayerScanOptions, checkpoints: ZwinWriter | undefined, sha256: () => Digest) {
+  private constructor(
+    options: LayerScanOptions,
+    tree: LayerTreeBuilder,
+    files: Partial<Kept>,
+    sha256: (state?: Buffer) => Sha256,
+  ) {
+    const { checkpoints, journal, point } = files;
     this.#options = options;
+    this.#tree = tree;
     this.#checkpoints = checkpoints;
+    this.#journal = journal;
+    this.#scanner = new TarScanner((entry) => this.#take(entry));
+    this.from = point?.indexer.checkpoint.in ?? 0;
+    this.#written = this.from;
     if (checkpoints === undefined) {
       this.#plainHash = sha256();
       return;
     }
+    if (point !== undefined) this.#scanner.resume(point.scanner);
     this.#gzip = new GzipIndexer({
       spanSize: options.spanSize,
       maxUncompressedBytes: options.maxUncompressedBytes,
       sha256,
-      onCheckpoint: (point) => this.#ready.push({ ...point, window: packWindow(point.window) }),
+      onCheckpoint: (found) => this.#ready.push({ ...found, window: packWindow(found.window) }),
       onData: (chunk) => this.#scanner.write(chunk),
+      ...(journal !== undefined && { onResumePoint: (state: IndexerState) => this.#beginPoint(state) }),
+      ...(options.resumable?.distance !== undefined && { resumeDistance: options.resumable.distance }),
+      ...(point !== undefined && { resumeFrom: point.indexer }),
     });
   }
 
-  /** @param sha256 makes the hashes of blob and tar; a hash thread's uses a second core */
+  /**
+   * @param sha256 makes the hashes of blob and tar; a hash thread's uses a second core
+   * @param unusable is told why what was kept of an interrupted scan, if anything, is not gone on with
+   */
   static async start(
     options: LayerScanOptions,
-    sha256: () => Digest = () => createHash('sha256'),
+    sha256: (state?: Buffer) => Sha256 = openSha256,
+    unusable: (reason: string) => void = () => undefined,
   ): Promise<LayerScan> {
-    await clearIndex(options.files);
-    const { compression, files } = options;
-    const checkpoints = compression === 'gzip' ? await ZwinWriter.create(files.checkpoints) : undefined;
-    return new LayerScan(options, checkpoints, sha256);
+    const { compression, files, resumable, spanSize } = options;
+    if (compression === 'none') {
+      await clearIndex(files);
+      return new LayerScan(options, new LayerTreeBuilder(), {}, sha256);
+    }
+    if (resumable !== undefined && resumable.afresh !== true && existsSync(files.journal)) {
+      const tree = new LayerTreeBuilder();
+      try {
+        const kept = await openKept(options, { ...resumable, spanSize }, tree);
+        try {
+          return new LayerScan(options, tree, kept, sha256);
+        } catch (error) {
+          await Promise.all([kept.journal.close(), kept.checkpoints.abandon()]);
+          throw error;
+        }
+      } catch (error) {
+        // Whatever is wrong with it, there is always the beginning.
+        unusable(error instanceof Error ? error.message : String(error));
+      }
+    }
+    await clearIndex(files);
+    const checkpoints = await ZwinWriter.create(files.checkpoints);
+    const identity = resumable && { ...resumable, spanSize };
+    const journal = identity && (await ResumeJournal.create(files.journal, identity));
+    return new LayerScan(
+      options,
+      new LayerTreeBuilder(),
+      { checkpoints, ...(journal && { journal }) },
+      sha256,
+    );
+  }
+
+  /** Bytes of the blob that need not be inflated again after an interruption now. */
+  get kept(): number {
+    return this.#kept;
   }
 
   /**
@@ -93,7 +168,49 @@ export class LayerScan {
     this.#gzip.write(chunk);
     const ready = this.#ready;
     this.#ready = [];
-    for (const point of ready) await this.#checkpoints?.add(point, point.window);
+    for (const found of ready) {
+      await this.#checkpoints?.add(found, found.window);
+      if (this.#checkpoints?.count === this.#point?.checkpoints) this.#endPoint();
+    }
+    await this.#keep();
+  }
+
+  #take(entry: TarEntry): void {
+    this.#tree.add(entry);
+    this.#journal?.add(entry);
+  }
+
+  #beginPoint(state: IndexerState): void {
+    // One for a piece of the blob is enough.
+    if (this.#point !== undefined) return;
+    const checkpoints = (this.#checkpoints?.count ?? 0) + this.#ready.length;
+    this.#point = this.#journal?.beginPoint(state, this.#scanner.save(), checkpoints);
+  }
+
+  #endPoint(): void {
+    const checkpoints = this.#checkpoints;
+    if (this.#point === undefined || checkpoints === undefined) return;
+    this.#journal?.endPoint(this.#point, (first) => checkpoints.rowsFrom(first), checkpoints.mark());
+    this.#point = undefined;
+  }
+
+  /**
+   * Writes the journal, while the next piece is worked on. Windows are on the disk before a point that counts on them. When
+   * it cannot be written, the scan goes on without.
+   */
+  async #keep(): Promise<void> {
+    if (this.#journal?.waiting !== true) return;
+    await this.#keeping;
+    const journal = this.#journal;
+    if (journal === undefined) return;
+    this.#keeping = (async () => {
+      try {
+        this.#kept = await journal.write(async () => this.#checkpoints?.sync());
+      } catch {
+        this.#journal = undefined;
+        await journal.close().catch(() => undefined);
+      }
+    })();
   }
 
   /**
@@ -122,6 +239,8 @@ export class LayerScan {
     }
     await rename(temporary, files.tarindex);
     this.#gzip?.close();
+    await this.#closeJournal();
+    await rm(files.journal, { force: true });
     let checkpointsDigest: string | undefined;
     if (summary !== undefined) {
       await this.#checkpoints?.finish(summary);
@@ -144,7 +263,34 @@ export class LayerScan {
   /** Removes what was written. Idempotent. */
   async abandon(): Promise<void> {
     this.#gzip?.close();
+    await this.#closeJournal();
     await this.#checkpoints?.abandon();
     await clearIndex(this.#options.files);
+  }
+
+  async #closeJournal(): Promise<void> {
+    await this.#keeping;
+    const journal = this.#journal;
+    this.#journal = undefined;
+    await journal?.close();
+  }
+}
+
+/** @throws {ResumeJournalError | CheckpointError} what was kept cannot be gone on with; the tree is of no use then */
+async function openKept(
+  { files }: LayerScanOptions,
+  identity: JournalIdentity,
+  tree: LayerTreeBuilder,
+): Promise<Kept> {
+  const { journal, point } = await ResumeJournal.open(files.journal, identity, (entry) => tree.add(entry));
+  try {
+    return {
+      journal,
+      point,
+      checkpoints: await ZwinWriter.resume(files.checkpoints, point.rows, point.windows),
+    };
+  } catch (error) {
+    await journal.close();
+    throw error;
   }
 }

@@ -13,7 +13,10 @@ import { LayerScan, type LayerScanOptions } from './layer-scan.js';
 export type ScanRequest = { readonly chunk: Uint8Array } | { readonly end: true };
 
 export type ScanReply =
-  | { readonly taken: number }
+  /** The first reply: where in the blob to begin, and why what was kept of an interrupted scan is not gone on with. */
+  | { readonly from: number; readonly unusable?: string }
+  /** `kept`: bytes that need not be inflated again after an interruption now. */
+  | { readonly taken: number; readonly kept: number }
   | { readonly record: LayerIndexRecord }
   /** `layer`: the layer's bytes are at fault; `local`: this machine is. */
   | { readonly failed: 'layer' | 'local'; readonly message: string };
@@ -27,7 +30,13 @@ const LAYER_FAULTS = [GzipError, TarError, ErofsFormatError, CheckpointError, Ra
 
 // Ends with this thread.
 const hashing = await HashThread.start();
-const scan = await LayerScan.start(workerData as LayerScanOptions, () => hashing.sha256());
+let unusable: string | undefined;
+const scan = await LayerScan.start(
+  workerData as LayerScanOptions,
+  (state) => hashing.sha256(state),
+  (reason) => (unusable = reason),
+);
+reply({ from: scan.from, ...(unusable !== undefined && { unusable }) });
 
 async function take(request: ScanRequest): Promise<void> {
   if ('end' in request) {
@@ -35,7 +44,7 @@ async function take(request: ScanRequest): Promise<void> {
     return;
   }
   await scan.write(Buffer.from(request.chunk.buffer, request.chunk.byteOffset, request.chunk.byteLength));
-  reply({ taken: request.chunk.byteLength });
+  reply({ taken: request.chunk.byteLength, kept: scan.kept });
 }
 
 let turn: Promise<void> = Promise.resolve();

@@ -6,6 +6,13 @@
  */
 import { TarError, showName } from './tar-error.js';
 
+/** Records as plain values, which can be written down. */
+export interface PaxState {
+  readonly values: ReadonlyMap<string, string>;
+  readonly attributes: ReadonlyMap<string, Buffer>;
+  readonly held: number;
+}
+
 /** What pax records said. */
 export class PaxRecords {
   /** Raw values of the keys in `KNOWN`; an empty one takes back what the header or a global record says. */
@@ -14,6 +21,20 @@ export class PaxRecords {
 
   /** Bytes held, for bounding what many headers together may occupy. */
   held = 0;
+
+  /** Good until records are added. */
+  save(): PaxState {
+    return { values: this.values, attributes: this.attributes, held: this.held };
+  }
+
+  /** Records as they were when they were saved. */
+  static from(state: PaxState): PaxRecords {
+    const records = new PaxRecords();
+    for (const [key, value] of state.values) records.values.set(key, value);
+    for (const [name, value] of state.attributes) records.attributes.set(name, Buffer.from(value));
+    records.held = state.held;
+    return records;
+  }
 
   get isEmpty(): boolean {
     return this.values.size === 0 && this.attributes.size === 0;
@@ -105,7 +126,13 @@ export class PaxRecords {
     }
   }
 
-  private set(key: string, value: Buffer, offset: number): void {
+  /**
+   * Adds one record.
+   *
+   * @param offset where the header that it belongs to lies in the tar stream
+   * @throws {TarError} on a record that holds what cannot be kept
+   */
+  set(key: string, value: Buffer, offset: number): void {
     if (key.includes('\0')) throw new TarError(offset, `pax key has a NUL: ${showName(key)}`);
     if (key.startsWith(SCHILY)) {
       this.setAttribute(key.slice(SCHILY.length), Buffer.from(value), offset);

@@ -4,7 +4,7 @@
  */
 import type { EntryType, TarEntry } from './entry.js';
 import { BLOCK, type TarHeader, isZeroBlock, parseHeader } from './header.js';
-import { PaxRecords } from './pax.js';
+import { PaxRecords, type PaxState } from './pax.js';
 import { TarError, showName } from './tar-error.js';
 
 export interface TarLimits {
@@ -61,6 +61,25 @@ interface Extended {
   filled: number;
 }
 
+/** Where a scanner stands between two writes, as plain values. */
+export interface TarScannerState {
+  readonly offset: number;
+  readonly entries: number;
+  /** The part of a header block that has come. */
+  readonly block: Buffer;
+  readonly dataLeft: number;
+  readonly paddingLeft: number;
+  readonly extended: Readonly<Extended> | undefined;
+  readonly zeroBlock: boolean;
+  readonly ended: boolean;
+  readonly current: string;
+  readonly global: PaxState;
+  readonly local: PaxState | undefined;
+  readonly longName: string | undefined;
+  readonly longLink: string | undefined;
+  readonly extendedBytes: number;
+}
+
 /**
  * Call `write` with the stream's chunks, split anywhere, then `end` once. After either has thrown, the scanner is of no
  * further use.
@@ -80,7 +99,7 @@ export class TarScanner {
   private ended = false;
   private current = '';
 
-  private readonly global = new PaxRecords();
+  private global = new PaxRecords();
   private local: PaxRecords | undefined;
   private longName: string | undefined;
   private longLink: string | undefined;
@@ -92,6 +111,38 @@ export class TarScanner {
     limits: Partial<TarLimits> = {},
   ) {
     this.limits = { ...DEFAULT_TAR_LIMITS, ...limits };
+  }
+
+  /** Good until the next write. */
+  save(): TarScannerState {
+    const { offset, entries, dataLeft, paddingLeft, extended, zeroBlock, ended, current } = this;
+    const { longName, longLink, extendedBytes } = this;
+    return {
+      ...{ offset, entries, dataLeft, paddingLeft, extended, zeroBlock, ended, current },
+      ...{ longName, longLink, extendedBytes },
+      block: this.block.subarray(0, this.blockFilled),
+      global: this.global.save(),
+      local: this.local?.save(),
+    };
+  }
+
+  /** Goes on where another scanner stood; before the first write. */
+  resume(state: TarScannerState): void {
+    const { global, local, extended } = state;
+    this.offset = state.offset;
+    this.entries = state.entries;
+    this.blockFilled = state.block.copy(this.block);
+    this.dataLeft = state.dataLeft;
+    this.paddingLeft = state.paddingLeft;
+    this.zeroBlock = state.zeroBlock;
+    this.ended = state.ended;
+    this.current = state.current;
+    this.longName = state.longName;
+    this.longLink = state.longLink;
+    this.extendedBytes = state.extendedBytes;
+    this.global = PaxRecords.from(global);
+    this.local = local && PaxRecords.from(local);
+    this.extended = extended && { ...extended, payload: Buffer.from(extended.payload) };
   }
 
   /** @throws {TarError} when the stream is no tar, or one beyond the limits; also what `onEntry` throws */

@@ -1,0 +1,38 @@
+import { createHash } from 'node:crypto';
+import { expect, it } from 'vitest';
+import { nativeSha256, openSha256, SHA256_STATE_SIZE } from './sha256.js';
+
+const bytes = Buffer.from(Array.from({ length: 300_000 }, (_, i) => (i * i * 31) >> 7));
+const digestOf = (part: Buffer): string => createHash('sha256').update(part).digest('hex');
+
+it('is usable on this machine', () => {
+  expect(nativeSha256()).toMatchObject({ available: true });
+});
+
+it('goes on from a state saved at any place, and leaves the one it was saved from as it was', () => {
+  for (const place of [0, 1, 55, 56, 63, 64, 65, 127, 128, 250_001, bytes.length]) {
+    const first = openSha256();
+    first.update(bytes.subarray(0, place));
+    const state = first.save?.() ?? Buffer.alloc(0);
+    expect(state).toHaveLength(SHA256_STATE_SIZE);
+    const second = openSha256(state);
+    second.update(bytes.subarray(place));
+    expect(second.digest().toString('hex')).toBe(digestOf(bytes));
+    expect(first.digest().toString('hex')).toBe(digestOf(bytes.subarray(0, place)));
+  }
+});
+
+it('refuses what is no state, before OpenSSL would write where its numbers say', () => {
+  const state = openSha256().save?.() ?? Buffer.alloc(0);
+  for (const [at, value] of [
+    [104, 64],
+    [104, 0xffffffff],
+    [108, 64],
+    [108, 0],
+  ] as const) {
+    const wrong = Buffer.from(state);
+    wrong.writeUInt32LE(value, at);
+    expect(() => openSha256(wrong)).toThrow(RangeError);
+  }
+  expect(() => openSha256(state.subarray(1))).toThrow(/111 bytes/);
+});
