@@ -44,11 +44,7 @@ export interface FailureReport {
 
 /** One line: what is printed may come from a registry, and is bounded. */
 function oneLine(text: string): string {
-  // eslint-disable-next-line no-control-regex
-  return text
-    .replace(/[\u0000-\u001f\u007f-\u009f\u2028\u2029]+/g, ' ')
-    .trim()
-    .slice(0, 2000);
+  return text.replace(/[\p{Cc}\p{Zl}\p{Zp}]+/gu, ' ').trim().slice(0, 2000);
 }
 
 function messageOf(error: unknown): string {
