@@ -9,12 +9,16 @@ import { ANSWERED } from '../proto/unary-call.js';
 import { LayerRefusedError } from './data-path.js';
 import { NotIndexableError } from './layer-indexer.js';
 import type { LayerServer } from './layer-server.js';
+import { dataPlaneFamilies } from './metric-families.js';
+import { counted } from './metrics.js';
 import { ImageReferenceError } from './registry/reference.js';
 import { ReadError, type ReadErrorKind } from './readers/blob-reader.js';
 import { RegistryError, type RegistryFailure } from './registry/registry-error.js';
 
 export interface ControlOptions {
   readonly server: LayerServer;
+  /** Hosts that requests were sent to. */
+  readonly hosts: () => control.RegistryHost.$Properties[];
   readonly describe: (
     source: control.LayerSource.$Properties,
     platform: string,
@@ -61,9 +65,17 @@ export function controlImplementation(options: ControlOptions): grpc.UntypedServ
     handle: (request: Request) => Response | Promise<Response>,
   ): grpc.handleUnaryCall<Request, Response> {
     return (call, callback) => {
+      const startedAt = performance.now();
+      const took = (code: grpc.status): void => {
+        counted.calls.of(name, grpc.status[code]).observe((performance.now() - startedAt) / 1000);
+      };
       void (async () => handle(call.request))().then(
-        (response) => callback(null, response),
+        (response) => {
+          took(grpc.status.OK);
+          callback(null, response);
+        },
         (error: unknown) => {
+          took(statusOf(error));
           log.warn({ call: name, err: error }, 'refused');
           const message = error instanceof Error ? error.message : String(error);
           const metadata = new grpc.Metadata();
@@ -93,7 +105,12 @@ export function controlImplementation(options: ControlOptions): grpc.UntypedServ
     detach: unary('Detach', async (request: control.DetachRequest) => ({
       detached: await server.detach(request.layerId),
     })),
-    list: unary('List', () => ({ devices: server.list() })),
+    list: unary('List', () => ({ devices: server.list(), hosts: options.hosts() })),
+    metrics: unary('Metrics', () => ({
+      families: dataPlaneFamilies({ devices: server.list(), hosts: options.hosts() }).map(
+        ({ samples, ...family }) => ({ ...family, samples: [...samples] }),
+      ),
+    })),
     shutdown: unary('Shutdown', async (request: control.ShutdownRequest) => {
       if (request.force) await server.detachAll();
       const attached = server.size;

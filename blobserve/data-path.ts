@@ -16,6 +16,7 @@ import { ErofsFormatError, parseSuperBlock, SUPER_BLOCK_READ } from './layer/ero
 import { CheckpointError } from './layer/gzip/gzip-error.js';
 import { ZwinIndex } from './layer/gzip/zwin.js';
 import type { LayerIndexRecord } from './layer/index/layer-index.js';
+import { counted } from './metrics.js';
 import type { BlobReader } from './readers/blob-reader.js';
 import { BufferPool } from './readers/buffer-pool.js';
 import { CacheReader } from './readers/cache.js';
@@ -40,7 +41,7 @@ export class LayerRefusedError extends Error {
 export interface LayerPath {
   readonly reader: BlobReader;
   /** Since this process opened the layer; with what was fetched to index it. */
-  statistics(): { cachedBytes: number; fetchedBytes: number; requests: number };
+  statistics(): { cachedBytes: number; fetchedBytes: number; requests: number; misses: number };
   close(): Promise<void>;
 }
 
@@ -172,6 +173,7 @@ export class LayerPaths {
         cachedBytes: blob.cache.statistics.cachedBytes,
         fetchedBytes: before.bytes + blob.range.traffic.bytes,
         requests: before.requests + blob.range.traffic.requests,
+        misses: blob.cache.statistics.misses,
       }),
       close: () => reader.close(),
     };
@@ -191,8 +193,10 @@ export class LayerPaths {
     const range = new RegistryRangeReader({ client, reference, digest, size: source.size ?? 0 });
     const retry = new RetryReader(range, {
       readDeadlineMs: configuration.fetch.read_deadline,
-      onRetry: ({ tries, waitMs, error }) =>
-        layerLog.warn({ tries, waitMs, reason: error.message }, 'trying again'),
+      onRetry: ({ tries, waitMs, error }) => {
+        counted.retries.add(error.kind);
+        layerLog.warn({ tries, waitMs, reason: error.message }, 'trying again');
+      },
     });
     await mkdir(cacheDirectory, { recursive: true, mode: 0o700 });
     const cache = await CacheReader.open(retry, {

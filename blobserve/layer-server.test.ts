@@ -26,7 +26,7 @@ class Node {
       new Promise<LayerPath>((resolve, reject) => {
         const path: LayerPath = {
           reader: READER,
-          statistics: () => ({ cachedBytes: 0, fetchedBytes: 0, requests: 0 }),
+          statistics: () => ({ cachedBytes: 0, fetchedBytes: 0, requests: 0, misses: 0 }),
           close: () => Promise.resolve(void (this.closed += 1)),
         };
         this.opening.push({ answer: () => resolve(path), fail: reject });

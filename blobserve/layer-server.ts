@@ -8,6 +8,7 @@ import type { Logger } from '../daemon/log.js';
 import { control } from '../proto/messages.js';
 import type { AttachBackend, AttachedDevice } from './attach/backend.js';
 import type { LayerPath } from './data-path.js';
+import { counted } from './metrics.js';
 import { ReadError } from './readers/blob-reader.js';
 
 interface Served {
@@ -94,6 +95,10 @@ export class LayerServer {
       faultPoint('detach-asked');
       await served.device.detach();
       this.#served.delete(layerId);
+      const { reads, readBytes, readErrors } = served.device.statistics();
+      counted.detached.reads += reads;
+      counted.detached.readBytes += readBytes;
+      counted.detached.readErrors += readErrors;
       await served.path.close();
       faultPoint('layer-detached');
       this.#options.log.info(
@@ -171,6 +176,8 @@ function describe(layerId: number, served: Served, backend: AttachBackend): cont
     identifier,
     size: device.size,
     imageRef: source.imageRef ?? '',
+    blobSize: source.size ?? 0,
+    kind: source.kind ?? control.LayerKind.LAYER_KIND_UNSPECIFIED,
     statistics: { ...device.statistics(), ...path.statistics() },
   };
 }

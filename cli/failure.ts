@@ -44,7 +44,10 @@ export interface FailureReport {
 
 /** One line: what is printed may come from a registry, and is bounded. */
 function oneLine(text: string): string {
-  return text.replace(/[\p{Cc}\p{Zl}\p{Zp}]+/gu, ' ').trim().slice(0, 2000);
+  return text
+    .replace(/[\p{Cc}\p{Zl}\p{Zp}]+/gu, ' ')
+    .trim()
+    .slice(0, 2000);
 }
 
 function messageOf(error: unknown): string {

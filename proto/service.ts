@@ -90,5 +90,6 @@ export const controlService = {
   attach: method(`${C}Attach`, control.AttachRequest, control.AttachResponse),
   detach: method(`${C}Detach`, control.DetachRequest, control.DetachResponse),
   list: method(`${C}List`, control.ListRequest, control.ListResponse),
+  metrics: method(`${C}Metrics`, control.MetricsRequest, control.MetricsResponse),
   shutdown: method(`${C}Shutdown`, control.ShutdownRequest, control.ShutdownResponse),
 } as const;

@@ -46,6 +46,11 @@ export class BlobServeClient {
     return unaryCall(this.#client, controlService.list, {}, REPORT_TIMEOUT);
   }
 
+  /** @param timeoutMs whoever scrapes does not wait for long */
+  metrics(timeoutMs: number): Promise<control.MetricsResponse> {
+    return unaryCall(this.#client, controlService.metrics, {}, timeoutMs);
+  }
+
   shutdown(force: boolean): Promise<control.ShutdownResponse> {
     return unaryCall(this.#client, controlService.shutdown, { force }, REPORT_TIMEOUT);
   }

@@ -6,6 +6,7 @@
  * of that one request.
  */
 import type { BlobReader } from '../readers/blob-reader.js';
+import { counted } from '../metrics.js';
 import type { DeviceReadStatistics } from './backend.js';
 import { errorReply, FUSE_OUT_HEADER_LENGTH, FuseErrno, writeReplyHeader } from './fuse-protocol.js';
 import type { ReplyBuffer, ReplyMemory } from './reply-memory.js';
@@ -160,6 +161,7 @@ export class FuseFile {
     // Not when it was answered meanwhile, by `close`.
     if (this.#unanswered.get(read.unique) === read) {
       this.#unanswered.delete(read.unique);
+      counted.readWait.observe((performance.now() - read.arrival) / 1000);
       if (failure === undefined) this.#succeed(read.unique, buffer.message, read.length);
       else this.#fail(read.unique, read.offset, read.length, failure.error);
     }

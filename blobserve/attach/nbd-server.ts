@@ -7,6 +7,7 @@
  */
 import { type ConnectOpts, Socket, type SocketConstructorOpts } from 'node:net';
 import type { BlobReader } from '../readers/blob-reader.js';
+import { counted } from '../metrics.js';
 import type { DeviceReadStatistics } from './backend.js';
 import {
   NBD_REPLY_LENGTH,
@@ -260,13 +261,22 @@ export class NbdServer {
       return true;
     }
     this.#reader.read(buffer.data, offset).then(
-      () => this.#readDone(request, buffer),
+      () => {
+        this.#waited(request);
+        this.#readDone(request, buffer);
+      },
       (error: unknown) => {
+        this.#waited(request);
         this.#readFailed(request, buffer, error);
         this.#pumpLater();
       },
     );
     return true;
+  }
+
+  #waited(request: NbdRequest): void {
+    const arrival = this.#unanswered.get(request);
+    if (arrival !== undefined) counted.readWait.observe((performance.now() - arrival) / 1000);
   }
 
   #waitForMemory(): void {

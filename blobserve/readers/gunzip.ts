@@ -11,6 +11,7 @@ import { Mutex } from 'async-mutex';
 import type { CheckpointIndex } from '../layer/gzip/checkpoints.js';
 import { CheckpointError, GzipError } from '../layer/gzip/gzip-error.js';
 import { openRawInflater } from '../layer/gzip/raw-inflater.js';
+import { counted } from '../metrics.js';
 import { SpanDecoder } from '../layer/gzip/span-decoder.js';
 import { type BlobReader, checkRange, ReadError } from './blob-reader.js';
 import type { InflatedCache } from './inflated-cache.js';
@@ -174,7 +175,7 @@ export class GunzipReader implements BlobReader {
         while (decoder.nextPiece <= last) {
           this.#assertOpen();
           const number = decoder.nextPiece;
-          const piece = await this.#cache.inflating(() => decoder.next());
+          const piece = await this.#cache.inflating(() => timed(() => decoder.next()));
           this.#cache.keepPiece(this.#pieceKey(span, number), piece);
           if (number >= missing) copy(piece, number);
         }
@@ -224,6 +225,7 @@ export class GunzipReader implements BlobReader {
     }
     const digest = hash.digest();
     if (digest.equals(wanted)) return;
+    counted.verificationFailures.add('span digest');
     const { start, end } = this.#index.table.compressedSpan(span);
     throw new ReadError(
       'corrupt',
@@ -243,4 +245,13 @@ export class GunzipReader implements BlobReader {
     const reason = error instanceof Error ? error.message : String(error);
     return new ReadError('local', `${this.#name}: span ${span}: ${reason}`, { cause: error });
   }
+}
+
+/** Inflating, with its time counted. */
+async function timed(inflate: () => Promise<Buffer>): Promise<Buffer> {
+  const startedAt = performance.now();
+  const piece = await inflate();
+  counted.decompression.observe((performance.now() - startedAt) / 1000);
+  counted.decompressedBytes += piece.length;
+  return piece;
 }
