@@ -55,6 +55,20 @@ export async function fetchPackages(
   await fetchPackagesScript([suite, directory, ...packages]);
 }
 
+/** The same with everything the packages depend on, as on a system with nothing installed. */
+export async function fetchWithDependencies(
+  suite: string,
+  directory: string,
+  packages: readonly string[],
+): Promise<void> {
+  await fetchPackagesScript(['--with-dependencies', suite, directory, ...packages]);
+}
+
+/** Unpacks the upstream source that a package is built from, in the same way. */
+export async function fetchSource(suite: string, directory: string, packageName: string): Promise<void> {
+  await fetchPackagesScript(['--source', suite, directory, packageName]);
+}
+
 /** `name=version` of the packages and of all they depend on, sorted; downloads nothing but package lists. */
 export async function listPackages(suite: string, packages: readonly string[]): Promise<string[]> {
   const lines = await fetchPackagesScript(['--list', suite, ...packages]);
@@ -114,4 +128,11 @@ export async function containerdFrom(suite: ContainerdSuite): Promise<string> {
   const directory = path.join(cacheDirectory(), 'roots', `containerd-${suite}`);
   await fetchPackages(suite, directory, ['containerd']);
   return path.join(directory, 'usr', 'bin');
+}
+
+/** SOCI's own program `soci`, of Debian sid. */
+export async function sociProgram(): Promise<string> {
+  const directory = path.join(cacheDirectory(), 'roots', 'soci-sid');
+  await fetchPackages('sid', directory, ['soci-snapshotter']);
+  return path.join(directory, 'usr', 'bin', 'soci');
 }

@@ -1,0 +1,132 @@
+/**
+ * SOCI's own tables of contents, made by its own program from real layers: a tarindex made of one must be the tarindex
+ * made of the layer itself.
+ */
+import { mkdir, readdir, readFile } from 'node:fs/promises';
+import path from 'node:path';
+import { gunzipSync } from 'node:zlib';
+import { execa } from 'execa';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { z } from 'zod';
+import { buildTarIndex } from '../blobserve/layer/erofs/tarindex.js';
+
+import { bytesSource, ZinfoIndex } from '../blobserve/layer/gzip/zinfo.js';
+import { Ztoc } from '../blobserve/layer/soci/ztoc.js';
+import { TarScanner } from '../blobserve/layer/tar/scanner.js';
+import { LayerTreeBuilder } from '../blobserve/layer/tar/tree-builder.js';
+import { FileReader } from '../blobserve/readers/file.js';
+import { GunzipReader } from '../blobserve/readers/gunzip.js';
+import { InflatedCache } from '../blobserve/readers/inflated-cache.js';
+import { sociProgram } from './debian/packages.js';
+import { blobPath } from './image/layer-blob.js';
+import type { TarEntry } from '../blobserve/layer/tar/entry.js';
+import type { Image } from './image/oci-layout.js';
+import { buildTinyImage } from './image/tiny-image.js';
+import { Stack } from './stack/stack.js';
+
+/** SOCI's index of an image (SOCI's docs, "SOCI index manifest"). */
+const indexManifest = z.object({
+  artifactType: z.string().optional(),
+  config: z.object({ mediaType: z.string() }),
+  layers: z.array(
+    z.object({
+      digest: z.string(),
+      annotations: z.object({ 'com.amazon.soci.image-layer-digest': z.string() }).loose(),
+    }),
+  ),
+});
+const INDEX_TYPE = 'application/vnd.amazon.soci.index.v1+json';
+const LIMITS = { maxBytes: 256 * 2 ** 20 };
+
+/** The tarindex, and what it was made from. */
+function tarindexOf(entries: Iterable<TarEntry>, tarSize: number): Buffer {
+  const tree = new LayerTreeBuilder();
+  for (const entry of entries) tree.add(entry);
+  return Buffer.concat([...buildTarIndex(tree.finish(), tarSize).chunks()]);
+}
+
+function scan(tar: Buffer): TarEntry[] {
+  const entries: TarEntry[] = [];
+  const scanner = new TarScanner((entry) => entries.push(entry));
+  scanner.write(tar);
+  scanner.end();
+  return entries;
+}
+
+describe('a ztoc that soci made', () => {
+  let stack: Stack;
+  let image: Image;
+  /** By digest of the layer. */
+  const ztocs = new Map<string, Buffer>();
+
+  beforeAll(async () => {
+    stack = await Stack.create();
+    image = await buildTinyImage({ format: 'tar+gzip' });
+    const registry = await stack.startRegistry();
+    const containerd = await stack.startContainerd();
+    const reference = await registry.push(image, 'tiny:latest');
+    await containerd.ctr('image', 'pull', '--plain-http', '--snapshotter', 'overlayfs', reference);
+    // Its sockets and files are where nobody can choose: in a mount namespace they are ours.
+    const soci = [
+      'mount -t tmpfs none /run && mkdir /run/containerd',
+      'mount -t tmpfs none /var/lib && mkdir /var/lib/soci-snapshotter-grpc',
+      'mount --bind "$4" /var/lib/soci-snapshotter-grpc',
+      'ln -s "$1" /run/containerd/containerd.sock',
+      'exec "$0" --namespace "$2" create --span-size 65536 --min-layer-size 0 "$3"',
+    ].join(' && ');
+    const { address, namespace } = containerd;
+    const made = path.join(stack.directory, 'soci');
+    await mkdir(made);
+    const parameters = [await sociProgram(), address, namespace, reference, made];
+    await execa('unshare', ['--mount', 'sh', '-ec', soci, ...parameters]);
+    const contentOf = (digest: string): Promise<Buffer> =>
+      readFile(path.join(made, 'content/blobs', digest.replace(':', '/')));
+    for (const hex of await readdir(path.join(made, 'content/blobs/sha256'))) {
+      const content = await contentOf(`sha256:${hex}`);
+      const parsed =
+        content[0] === 0x7b ? indexManifest.safeParse(JSON.parse(content.toString())) : undefined;
+      const types = [parsed?.data?.artifactType, parsed?.data?.config.mediaType];
+      if (!types.includes(INDEX_TYPE)) continue;
+      for (const layer of parsed?.data?.layers ?? []) {
+        const of = layer.annotations['com.amazon.soci.image-layer-digest'];
+        ztocs.set(of, await contentOf(layer.digest));
+      }
+    }
+  });
+  afterAll(() => stack?.remove());
+
+  it('is there for every layer', () => {
+    expect([...ztocs.keys()].sort()).toEqual(image.layers.map(({ digest }) => digest).sort());
+  });
+
+  it('says what a scan of the layer says, and makes the same tarindex', async () => {
+    for (const { digest } of image.layers) {
+      const ztoc = new Ztoc(ztocs.get(digest) ?? Buffer.alloc(0), LIMITS);
+      const tar = gunzipSync(await readFile(blobPath(image.layout, digest)));
+      const entries = [...ztoc.entries()];
+      expect(entries).toEqual(scan(tar));
+      expect(tarindexOf(entries, tar.length)).toEqual(tarindexOf(scan(tar), tar.length));
+    }
+  });
+
+  it('has the checkpoints and the digests that the layer is read with', async () => {
+    for (const { digest } of image.layers) {
+      const blob = blobPath(image.layout, digest);
+      const ztoc = new Ztoc(ztocs.get(digest) ?? Buffer.alloc(0), LIMITS);
+      const tar = gunzipSync(await readFile(blob));
+      // SOCI's reader stops at the end marker: what is behind that is padding, and no part of its size.
+      expect(tar.subarray(ztoc.uncompressedSize).every((byte) => byte === 0)).toBe(true);
+      const sizes = { compressed: ztoc.compressedSize, uncompressed: tar.length };
+      const index = await ZinfoIndex.open(bytesSource(ztoc.checkpoints), sizes, ztoc.spanDigests);
+      const next = await FileReader.open({ path: blob, size: sizes.compressed });
+      const reader = new GunzipReader({ name: digest, next, index, cache: new InflatedCache(2 ** 20) });
+      const read = Buffer.alloc(tar.length);
+      for (let end = tar.length; end > 0; end -= 70_001) {
+        const start = Math.max(0, end - 70_001);
+        await reader.read(read.subarray(start, end), start);
+      }
+      await reader.close();
+      expect(read.equals(tar)).toBe(true);
+    }
+  });
+});
