@@ -2,6 +2,7 @@
 /**
  * Blobserve, the data plane: started and watched by the snapshotter, answering page faults and nothing else.
  */
+import { readSync } from 'node:fs';
 import { rm } from 'node:fs/promises';
 import process from 'node:process';
 import * as grpc from '@grpc/grpc-js';
@@ -78,6 +79,14 @@ function openRegistryClient({ registry, fetch }: Configuration, log: Logger): Re
 const isClassic = (kind: control.LayerKind | null | undefined): boolean =>
   kind === control.LayerKind.TAR || kind === control.LayerKind.TAR_GZIP;
 
+/**
+ * Waits for a line from the snapshotter: it has written down which process this is. When it died before, nobody knows of
+ * this process, another will be started, and two may never serve one connection.
+ */
+function isWrittenDown(): boolean {
+  return readSync(0, Buffer.alloc(1)) === 1;
+}
+
 async function main(): Promise<void> {
   const options = new Command('blobserve')
     .description("erofs-nbd's data plane; started by erofs-nbd-snapshotter")
@@ -94,6 +103,7 @@ async function main(): Promise<void> {
     root: options.root,
     ...(options.logLevel === undefined ? {} : { logLevel: options.logLevel }),
   });
+  if (!isWrittenDown()) return;
   const log = createLogger('blobserve', configuration.log.level, configuration.log.format);
   const layout = layoutOf(configuration.root);
   const fuseMountPoint = options.attach === 'fuse' ? layout.fuse : '';

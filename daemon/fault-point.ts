@@ -2,10 +2,11 @@
  * Places where a test can have this process die: between every two steps that change something outside of it.
  *
  * For tests only. Unless the environment names a directory, `EROFS_NBD_FAULT_POINTS=<directory>`, nothing here does
- * anything. With it, a process that passes the point `row-begun` while there is a file `<directory>/row-begun` removes the
- * file and kills itself with SIGKILL: exactly one process dies, once. A number in the file lets that many pass before.
+ * anything. With it, a process that passes the point `row-begun` while there is a file `<directory>/row-begun` renames the
+ * file to `row-begun.<pid>` and kills itself with SIGKILL: exactly one process dies, once. A number in the file lets that
+ * many pass before.
  */
-import { readFileSync, unlinkSync, writeFileSync } from 'node:fs';
+import { readFileSync, renameSync, writeFileSync } from 'node:fs';
 import path from 'node:path';
 
 /** Every point, in the order a layer passes them, by the process that does. test/crash kills at each. */
@@ -74,7 +75,7 @@ export function faultPoint(name: FaultPoint): void {
       writeFileSync(file, String(left - 1));
       return;
     }
-    unlinkSync(file);
+    renameSync(file, `${file}.${process.pid}`);
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code === 'ENOENT') return;
     throw error;

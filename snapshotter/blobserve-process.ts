@@ -13,6 +13,7 @@ import type { Logger } from '../daemon/log.js';
 import { control } from '../proto/messages.js';
 import { CallError } from '../proto/unary-call.js';
 import { BlobServeClient } from './blobserve-client.js';
+import { counted } from './metrics.js';
 import {
   isRunning,
   processIdentity,
@@ -237,6 +238,7 @@ export class BlobServeProcess {
     if (identity === undefined) return false;
     this.#identity = identity;
     this.#startedAt = Date.now();
+    counted.recoveries.add('data plane adopted');
     this.#log.info({ pid: hello.pid, version: hello.version }, 'adopted the running data plane');
     void this.#watchAdopted(identity);
     return true;
@@ -269,7 +271,7 @@ export class BlobServeProcess {
         ...(fuseDescriptor >= 0 ? ['--fuse-descriptor', '3'] : []),
       ],
       {
-        stdio: ['ignore', 'inherit', 'inherit', fuseDescriptor >= 0 ? fuseDescriptor : 'ignore'],
+        stdio: ['pipe', 'inherit', 'inherit', fuseDescriptor >= 0 ? fuseDescriptor : 'ignore'],
         detached: true,
         cwd: '/',
         env: {
@@ -285,9 +287,12 @@ export class BlobServeProcess {
     this.#startedAt = Date.now();
     const answering = this.#untilAnswers(child);
     faultPoint('blobserve-spawned');
-    // Before it answers: were this process to die now, the next one has to find it all the same.
+    // Before it begins: were this process to die now, the next one has to find it all the same; one that was not written
+    // down ends by itself.
     const started = child.pid === undefined ? undefined : await processIdentity(child.pid);
     if (started !== undefined) await writeIdentity(this.#options.record, started);
+    child.stdin?.on('error', () => undefined);
+    child.stdin?.end('\n');
     faultPoint('blobserve-recorded');
     const identity = await answering;
     faultPoint('blobserve-answers');
@@ -357,6 +362,7 @@ export class BlobServeProcess {
       try {
         await this.#start();
         await this.#onStarted?.();
+        counted.recoveries.add('data plane restarted');
         return;
       } catch (error) {
         this.#log.error({ err: error, attempt: this.#failures }, 'the data plane did not start');

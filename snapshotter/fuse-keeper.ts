@@ -40,9 +40,10 @@ export async function takeKeptFuse(file: string, log: Logger): Promise<number | 
 /** Starts a keeper of this descriptor and writes it down; a keeper there was before is ended. */
 export async function keepFuse(file: string, descriptor: number): Promise<void> {
   await endKeeper(file);
-  // Its own session: a signal to the daemon's process group, or its terminal going away, is not meant for it.
-  const child = spawn('sleep', ['infinity'], {
-    stdio: ['ignore', 'ignore', 'ignore', descriptor],
+  // Its own session: a signal to the daemon's process group, or its terminal going away, is not meant for it. It begins
+  // when it has been written down: were we to die before, nobody would ever find it, and it ends by itself.
+  const child = spawn('sh', ['-c', 'read -r _ && exec sleep infinity'], {
+    stdio: ['pipe', 'ignore', 'ignore', descriptor],
     detached: true,
     cwd: '/',
     // Nothing else of the daemon's: this says to whoever finds a `sleep` in the process list what it is for.
@@ -58,6 +59,9 @@ export async function keepFuse(file: string, descriptor: number): Promise<void> 
   if (identity === undefined)
     throw new Error('the keeper of the FUSE connection (sleep infinity) ended at once');
   await writeIdentity(file, identity);
+  // It reads one line; that it has ended meanwhile is seen by whoever looks for it.
+  child.stdin?.on('error', () => undefined);
+  child.stdin?.end('\n');
 }
 
 /** Whether the keeper that was written down still runs. */

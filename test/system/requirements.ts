@@ -2,9 +2,11 @@
  * What system tests need of the machine, and which of it is missing.
  */
 import { existsSync } from 'node:fs';
+import path from 'node:path';
 import { probeFuse } from '../../blobserve/attach/fuse-mount.js';
 import { probeNbd } from '../../blobserve/attach/nbd-device.js';
 import { control } from '../../proto/messages.js';
+import { checkout } from '../debian/packages.js';
 import type { Snapshotter } from '../stack/snapshotter.js';
 
 /** `nbd` or `fuse` where that one and no other has to be had and used; a machine without it fails its tests. */
@@ -25,8 +27,7 @@ async function missingHere(): Promise<string | undefined> {
     const fuse = await probeFuse();
     if (!fuse.available) return `neither nbd (${nbd.reason}) nor fuse (${fuse.reason})`;
   }
-  if (!existsSync(new URL('../../dist/snapshotter/main.js', import.meta.url)))
-    return 'not built: npm run build';
+  if (!existsSync(path.join(checkout, 'dist/snapshotter/main.js'))) return 'not built: npm run build';
   return undefined;
 }
 

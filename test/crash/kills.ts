@@ -1,0 +1,157 @@
+/**
+ * Kills, one after the other, each followed by what has to work all the same.
+ */
+import { setTimeout as delay } from 'node:timers/promises';
+import { FAULT_POINTS, type FaultPoint } from '../../daemon/fault-point.js';
+import { patience } from '../patience.js';
+import type { CrashNode, Victim } from './crash-node.js';
+import type { LayerLife } from './layer-life.js';
+import { monotonic, type Witness } from './witness.js';
+
+export interface Kill {
+  /** `snapshotter`, …; `fault point of snapshotter`, … */
+  readonly kind: string;
+  /** When, or at which point. */
+  readonly where: string;
+  /** Milliseconds of the container's longest read about it, 0 when all were below 20. */
+  readonly stall: number;
+  /** What did not work, in words. */
+  readonly failures: readonly string[];
+}
+
+export interface Scene {
+  readonly node: CrashNode;
+  readonly witness: Witness;
+  readonly life: LayerLife;
+  readonly backend: 'nbd' | 'fuse';
+  /** The image that every new container runs, and what it prints. */
+  readonly small: { readonly reference: string; readonly prints: string };
+  /** An image that is pulled, run and removed while daemons die. */
+  readonly churned: string;
+}
+
+export type FaultGroup = 'up' | 'create' | 'down' | 'start';
+
+interface FaultPlan {
+  readonly point: FaultPoint;
+  readonly process: 'snapshotter' | 'blobserve';
+  readonly when: 'life' | 'start';
+}
+
+/** Every point that is passed while a container reads, with this backend. */
+export function faultPlans(backend: 'nbd' | 'fuse'): FaultPlan[] {
+  const { snapshotter, blobserve } = FAULT_POINTS;
+  const plan = (
+    process: FaultPlan['process'],
+    when: FaultPlan['when'],
+    points: readonly FaultPoint[],
+  ): FaultPlan[] => points.map((point) => ({ point, process, when }));
+  return [
+    ...plan('snapshotter', 'life', [...snapshotter.up, ...snapshotter.create, ...snapshotter.down]),
+    ...plan('blobserve', 'life', [
+      ...blobserve.up,
+      ...(backend === 'nbd' ? blobserve.upNbd : blobserve.upFuse),
+      ...blobserve.down,
+      ...(backend === 'nbd' ? blobserve.downNbd : blobserve.downFuse),
+    ]),
+    ...plan('snapshotter', 'start', snapshotter.start),
+    ...plan('blobserve', 'start', blobserve.start),
+  ];
+}
+
+const text = (error: unknown): string =>
+  (error instanceof Error ? error.message : String(error)).slice(0, 500);
+
+/** Collects what fails under a name, and goes on. */
+class Checks {
+  readonly failures: string[] = [];
+
+  async that(what: string, work: () => Promise<unknown>): Promise<void> {
+    try {
+      await work();
+    } catch (error) {
+      this.failures.push(`${what}: ${text(error)}`);
+    }
+  }
+}
+
+/** Kills at one named point. */
+export async function killAtFaultPoint(scene: Scene, { point, process, when }: FaultPlan): Promise<Kill> {
+  const { node, life, witness } = scene;
+  const checks = new Checks();
+  const from = monotonic();
+  await node.arm(point);
+  if (when === 'start') await node.kill('both');
+  else {
+    const living = await life.live().then(
+      () => undefined,
+      (error: unknown) => error,
+    );
+    // The snapshotter asks the next data plane what the dead one has not answered.
+    if (process === 'blobserve' && living !== undefined)
+      checks.failures.push(`a layer's life: ${text(living)}`);
+  }
+  await checks.that('the point', () => node.died(point));
+  await recovered(scene, checks);
+  await checks.that('cleaning up', () => life.removeAll());
+  await checks.that("another layer's life", () => life.live());
+  await checks.that('the reading container', () => witness.passed(monotonic()));
+  const stall = await witness.longestStall(from, monotonic());
+  return { kind: `fault point of ${process}`, where: point, stall, failures: checks.failures };
+}
+
+/** Kills while layers come and go, so many milliseconds after they began to. */
+export async function killAtMoment(
+  scene: Scene,
+  victim: Victim,
+  after: number,
+  number: number,
+): Promise<Kill> {
+  const { witness, node, life } = scene;
+  const checks = new Checks();
+  const churn = (number % 2 === 0 ? life.live() : churnImage(scene, number)).catch(() => undefined);
+  await delay(after);
+  const from = monotonic();
+  await node.kill(victim);
+  await recovered(scene, checks);
+  await churn;
+  await checks.that('cleaning up', () => life.removeAll());
+  await checks.that('a new container', () => runSmall(scene, `new-${number}`));
+  await checks.that('the reading container', () => witness.passed(monotonic()));
+  const stall = await witness.longestStall(from, monotonic());
+  return { kind: victim, where: `after ${after} ms`, stall, failures: checks.failures };
+}
+
+async function recovered({ node }: Scene, checks: Checks): Promise<void> {
+  await checks.that('the daemons', () => node.whole());
+}
+
+/** containerd fails calls at once while its connection is down, and tries again after up to three seconds. */
+async function untilConnected(node: CrashNode): Promise<void> {
+  const deadline = Date.now() + patience(30_000);
+  for (;;) {
+    try {
+      await (await node.containerd).ctr('snapshots', '--snapshotter', 'erofs-nbd', 'ls');
+      return;
+    } catch (error) {
+      if (Date.now() > deadline) throw error;
+      await delay(100);
+    }
+  }
+}
+
+async function runSmall({ node, small }: Scene, name: string): Promise<void> {
+  await untilConnected(node);
+  const containerd = await node.containerd;
+  const { stdout } = await containerd.ctr(
+    ...['run', '--rm', '--snapshotter', 'erofs-nbd', small.reference, name, 'cat', '/etc/motd'],
+  );
+  if (String(stdout) !== small.prints.trimEnd()) throw new Error(`it printed ${JSON.stringify(stdout)}`);
+}
+
+async function churnImage({ node, churned }: Scene, number: number): Promise<void> {
+  const containerd = await node.containerd;
+  await containerd.ctr('image', 'pull', '--plain-http', '--snapshotter', 'erofs-nbd', churned);
+  await containerd.ctr('run', '--rm', '--snapshotter', 'erofs-nbd', churned, `churn-${number}`, 'true');
+  await containerd.ctr('image', 'rm', '--sync', churned);
+}

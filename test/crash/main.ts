@@ -1,0 +1,161 @@
+/**
+ * `npm run test:crash`: kills daemons under a container that reads its whole image again and again and compares digests:
+ * at every named fault point, and at random moments while other layers come and go.
+ *
+ *   --kills N        random moments, default 200
+ *   --format F       erofs (default) or tar+gzip: of the image that is read
+ *   --files N        reads so many files of it instead of all
+ *   --readers N      threads that read, default 3
+ *   --seed N         of the random moments; printed, so that a run can be repeated
+ *   --short          what CI runs: all fault points and a few random moments, with tar+gzip
+ *
+ * The last line is one JSON object; the status is 0 when there was no wrong byte, no error in the container, nothing
+ * left at the end, and every new container ran.
+ */
+import path from 'node:path';
+import { parseArgs } from 'node:util';
+import { execa } from 'execa';
+import { FAULT_POINTS } from '../../daemon/fault-point.js';
+import { SeededRandom } from '../../metadata/testing/seeded-random.js';
+import { buildDebianImage } from '../image/debian-image.js';
+import { smallErofs } from '../image/small-erofs.js';
+import { buildTinyImage, TINY_GREETING } from '../image/tiny-image.js';
+import { Stack } from '../stack/stack.js';
+import { LayerRegistry } from '../system/layer-registry.js';
+import { backendOf, missingForSystemTests } from '../system/requirements.js';
+import { CrashNode, type Victim } from './crash-node.js';
+import { expectedFiles, sample } from './expected-files.js';
+import { faultPlans, type Kill, killAtFaultPoint, killAtMoment, type Scene } from './kills.js';
+import { LayerLife } from './layer-life.js';
+import { remainingProcesses, remainingState } from './remains.js';
+import { median, report } from './report.js';
+import { monotonic, Witness } from './witness.js';
+
+const { values } = parseArgs({
+  options: {
+    kills: { type: 'string' },
+    format: { type: 'string' },
+    files: { type: 'string' },
+    readers: { type: 'string', default: '3' },
+    seed: { type: 'string' },
+    short: { type: 'boolean', default: false },
+  },
+});
+const KILLS = Number(values.kills ?? (values.short ? 8 : 200));
+const FORMAT = (values.format ?? (values.short ? 'tar+gzip' : 'erofs')) as 'erofs' | 'tar+gzip';
+const SEED = Number(values.seed ?? Date.now() % 1_000_000);
+/** What a stall after the death of the data plane may take beyond the start of a Node process. Milliseconds. */
+const STALL_BEYOND = 2000;
+
+const VICTIMS: readonly Victim[] = ['blobserve', 'snapshotter', 'both', 'containerd'];
+const CONFIGURATION = 'version = 1\n';
+
+function note(message: string): void {
+  console.log(`${(performance.now() / 1000).toFixed(1).padStart(7)} s  ${message}`);
+}
+
+async function nodeStartTime(): Promise<number> {
+  const times: number[] = [];
+  for (let run = 0; run < 5; run += 1) {
+    const start = performance.now();
+    await execa(process.execPath, ['-e', '0']);
+    times.push(performance.now() - start);
+  }
+  return median(times);
+}
+
+/** The first start of all, cut short at every point where a FUSE connection is made. @returns what failed */
+async function firstStarts(node: CrashNode, isFuse: boolean): Promise<string[]> {
+  const failures: string[] = [];
+  for (const point of isFuse ? FAULT_POINTS.snapshotter.startFuse : []) {
+    await node.arm(point);
+    await node.startSnapshotter();
+    await node.died(point).catch((error: unknown) => failures.push(String(error)));
+    await node.whole();
+    // As after a reboot: no connection, no data plane.
+    await node.stop();
+    node.startAgain();
+  }
+  return failures;
+}
+
+async function kills(scene: Scene, random: SeededRandom): Promise<Kill[]> {
+  const done: Kill[] = [];
+  const add = (kill: Kill): void => {
+    done.push(kill);
+    note(`${kill.kind}, ${kill.where}: stall ${kill.stall} ms${kill.failures.length > 0 ? ', FAILED' : ''}`);
+    for (const failure of kill.failures) console.log(`           ${failure}`);
+  };
+  for (const plan of faultPlans(scene.backend)) add(await killAtFaultPoint(scene, plan));
+  for (let number = 0; number < KILLS; number += 1) {
+    add(await killAtMoment(scene, VICTIMS[number % VICTIMS.length] ?? 'both', random.below(1200), number));
+  }
+  return done;
+}
+
+async function main(): Promise<boolean> {
+  const missing = await missingForSystemTests();
+  if (missing !== undefined) {
+    console.log(`skipped: ${missing}`);
+    console.log(JSON.stringify({ ok: true, passed: 0, failed: 0, skipped: 1 }));
+    return true;
+  }
+  note(`seed ${SEED}; ${KILLS} random moments; image of ${FORMAT} layers`);
+  const nodeStart = await nodeStartTime();
+  const stack = await Stack.create('erofs-nbd-crash');
+  const layers = await LayerRegistry.start();
+  const node = new CrashNode(stack.directory, CONFIGURATION);
+  const failures: string[] = [];
+  try {
+    const image = await buildDebianImage({ format: FORMAT });
+    const files = await expectedFiles(image, path.join(stack.directory, 'expected'));
+    const watched = values.files === undefined ? files : sample(files, Number(values.files));
+    note(`image of ${files.size} files, of which ${watched.size} are read`);
+    const registry = await stack.startRegistry();
+    const reference = await registry.push(image, 'watched:1');
+    const tiny = await registry.push(await buildTinyImage({ format: 'erofs' }), 'tiny:1');
+    const churned = await registry.push(await buildTinyImage({ format: 'erofs-lz4hc' }), 'churned:1');
+    const small = await smallErofs(stack.directory, 2 ** 20);
+    note('images are in the registry');
+
+    await node.startSnapshotter();
+    await node.whole();
+    const backend = (await backendOf(await node.snapshotter)) === 'nbd' ? 'nbd' : 'fuse';
+    await node.stop();
+    node.startAgain();
+    failures.push(...(await firstStarts(node, backend === 'fuse')));
+    await node.startSnapshotter();
+    await node.startContainerd();
+    note('daemons run');
+    const containerd = await node.containerd;
+    for (const name of [reference, tiny])
+      await containerd.ctr('image', 'pull', '--plain-http', '--snapshotter', 'erofs-nbd', name);
+    const record = path.join(stack.directory, 'record');
+    const witness = await Witness.start(containerd, reference, record, watched, Number(values.readers));
+    await witness.passed(monotonic());
+    note('the container reads');
+    const life = new LayerLife(layers, small.image, (await node.snapshotter).plugin.address);
+    const scene: Scene = {
+      ...{ node, witness, life, backend, churned },
+      small: { reference: tiny, prints: TINY_GREETING },
+    };
+    const done = await kills(scene, new SeededRandom(SEED));
+
+    const reading = await witness.stop();
+    for (const complaint of witness.complaints.slice(0, 20)) failures.push(`in the container: ${complaint}`);
+    await (await node.containerd).removeAll();
+    const leaks = await remainingState(node);
+    await node.stop();
+    leaks.push(...(await remainingProcesses(stack.directory)));
+    return report({
+      ...{ attach: backend, kills: done, reading, leaks, failures, nodeStart },
+      stallLimit: nodeStart + STALL_BEYOND,
+    });
+  } finally {
+    await node.stop().catch((error: unknown) => console.error(error));
+    await layers.server.close();
+    for (const trouble of await stack.remove()) console.error(trouble);
+  }
+}
+
+process.exitCode = (await main()) ? 0 : 1;
