@@ -10,6 +10,10 @@ import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { z } from 'zod';
 import { buildTarIndex } from '../blobserve/layer/erofs/tarindex.js';
 
+import { indexFiles, readIndexRecord, writeIndexRecord } from '../blobserve/layer/index/layer-index.js';
+import { LayerScan } from '../blobserve/layer/index/layer-scan.js';
+import { ZtocImport } from '../blobserve/layer/soci/ztoc-import.js';
+import { digestOf } from './image/composed-image.js';
 import { bytesSource, ZinfoIndex } from '../blobserve/layer/gzip/zinfo.js';
 import { Ztoc } from '../blobserve/layer/soci/ztoc.js';
 import { TarScanner } from '../blobserve/layer/tar/scanner.js';
@@ -107,6 +111,51 @@ describe('a ztoc that soci made', () => {
       expect(entries).toEqual(scan(tar));
       expect(tarindexOf(entries, tar.length)).toEqual(tarindexOf(scan(tar), tar.length));
     }
+  });
+
+  it('makes the index that indexing the layer makes, of its last span', async () => {
+    for (const { digest, size } of image.layers) {
+      const blob = await readFile(blobPath(image.layout, digest));
+      const diffId = digestOf(gunzipSync(blob));
+      const made = indexFiles(path.join(stack.directory, 'made'), digest);
+      const making = await ZtocImport.open(ztocs.get(digest) ?? Buffer.alloc(0), {
+        files: made,
+        digest,
+        size,
+        diffId,
+        maxUncompressedBytes: 2 ** 30,
+        maxMetadataBytes: LIMITS.maxBytes,
+      });
+      const record = await making.finish(blob.subarray(making.tail.start, making.tail.end));
+      const scanned = indexFiles(path.join(stack.directory, 'scanned'), digest);
+      const scan = await LayerScan.start({
+        files: scanned,
+        compression: 'gzip',
+        spanSize: 65_536,
+        maxUncompressedBytes: 2 ** 30,
+      });
+      await scan.write(blob);
+      const { checkpointsDigest, ...expected } = await scan.finish();
+      expect(record).toMatchObject(expected);
+      expect(checkpointsDigest).toBeDefined();
+      expect(await readFile(made.tarindex)).toEqual(await readFile(scanned.tarindex));
+      await writeIndexRecord(made, record);
+      expect(await readIndexRecord(made, { digest, size })).toEqual(record);
+    }
+  });
+
+  it('of another layer, or whose layer has other bytes, makes no index and leaves nothing', async () => {
+    const [first, second] = image.layers;
+    if (first === undefined || second === undefined) throw new Error('the image has two layers');
+    const files = indexFiles(path.join(stack.directory, 'refused'), first.digest);
+    const limits = { maxUncompressedBytes: 2 ** 30, maxMetadataBytes: LIMITS.maxBytes };
+    const options = { files, digest: first.digest, size: first.size, diffId: first.digest, ...limits };
+    const ztoc = ztocs.get(second.digest) ?? Buffer.alloc(0);
+    await expect(ZtocImport.open(ztoc, options)).rejects.toThrow(/it is of a layer of/);
+    const making = await ZtocImport.open(ztocs.get(first.digest) ?? Buffer.alloc(0), options);
+    const tail = Buffer.alloc(making.tail.end - making.tail.start);
+    await expect(making.finish(tail)).rejects.toThrow(/have not the digest/);
+    expect(await readdir(path.dirname(files.record))).toEqual([]);
   });
 
   it('has the checkpoints and the digests that the layer is read with', async () => {
