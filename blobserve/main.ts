@@ -22,7 +22,7 @@ import { LayerPaths } from './data-path.js';
 import { LayerIndexer } from './layer-indexer.js';
 import { LayerLookup } from './layer-lookup.js';
 import { LayerServer } from './layer-server.js';
-import { DockerConfig } from './registry/docker-config.js';
+import { credentialSources } from './registry/credential-sources.js';
 import { HostsDirectory } from './registry/hosts-directory.js';
 import { RegistryClient } from './registry/registry-client.js';
 import { TRANSPORT_DEFAULTS } from './registry/transport.js';
@@ -72,7 +72,7 @@ function openRegistryClient({ registry, fetch }: Configuration, log: Logger): Re
     hedge: registry.hedge,
     userAgent: `erofs-nbd/${VERSION}`,
     hosts: new HostsDirectory(registry.hosts_dir, { onProblem: (problem) => log.warn(problem) }),
-    credentials: new DockerConfig(registry.docker_config, { onProblem: (problem) => log.warn(problem) }),
+    credentials: credentialSources(registry, log),
   });
 }
 

@@ -14,7 +14,7 @@ beforeEach(async () => {
   folder = await mkdtemp(join(tmpdir(), 'docker-config-'));
   path = join(folder, 'config.json');
   problems = [];
-  config = new DockerConfig(path, { onProblem: (problem) => problems.push(problem) });
+  config = new DockerConfig(path, { helperTimeoutMs: 0, onProblem: (problem) => problems.push(problem) });
 });
 
 afterEach(async () => {
@@ -82,7 +82,7 @@ describe('DockerConfig', () => {
     await writeFile(path, JSON.stringify({ auths: { h: { auth: base64('s3cret') } } }));
     expect(await lookup('h')).toBeUndefined();
     expect(problems[0]).toContain('the auth of h is not base64 of user:password');
-    config = new DockerConfig(folder, { onProblem: (problem) => problems.push(problem) });
+    config = new DockerConfig(folder, { helperTimeoutMs: 0, onProblem: (problem) => problems.push(problem) });
     expect(await lookup('h')).toBeUndefined();
     expect(problems[1]).toContain('EISDIR');
   });

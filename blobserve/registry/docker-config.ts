@@ -1,11 +1,14 @@
 /**
- * Credentials from the `auths` of Docker's config.json, as `docker login`, `nerdctl login` and `podman login` write
- * them. Credential helpers (`credsStore`, `credHelpers`) are not asked.
+ * Credentials from Docker's config.json, as `docker login`, `nerdctl login` and `podman login` write it, and as
+ * Kubernetes keeps it in a pull secret: `auths`, and the helper programs that `credHelpers` (for some registries) and
+ * `credsStore` (for all) name.
  */
 import { readFile, stat } from 'node:fs/promises';
 import { homedir } from 'node:os';
 import { join } from 'node:path';
 import { z } from 'zod';
+import { CredentialHelpers } from './credential-helper.js';
+import { DOCKER_HUB_KEY, isDockerHub, matchingKeys } from './credential-key.js';
 import {
   IdentityTokenCredentials,
   PasswordCredentials,
@@ -14,9 +17,6 @@ import {
 } from './credentials.js';
 import { parseJson, printable } from './registry-error.js';
 
-/** The key that Docker Hub's credentials have been stored under since before it had a registry of version 2. */
-const DOCKER_HUB_KEY = 'https://index.docker.io/v1/';
-const DOCKER_HUB_HOSTS = new Set(['docker.io', 'index.docker.io', 'registry-1.docker.io']);
 /** Longest file read, in bytes. */
 const MAX_FILE = 1_048_576;
 
@@ -26,10 +26,17 @@ const entrySchema = z.object({
   password: z.string().optional(),
   identitytoken: z.string().optional(),
 });
-const configSchema = z.object({ auths: z.record(z.string(), entrySchema).optional() });
-type Entries = NonNullable<z.infer<typeof configSchema>['auths']>;
+const configSchema = z.object({
+  auths: z.record(z.string(), entrySchema).optional(),
+  credHelpers: z.record(z.string(), z.string()).optional(),
+  credsStore: z.string().optional(),
+});
+type Config = z.infer<typeof configSchema>;
+type Entry = z.infer<typeof entrySchema>;
 
 export interface DockerConfigOptions {
+  /** Time limit of a helper program in milliseconds; 0: none is run. */
+  readonly helperTimeoutMs?: number;
   /** Called once for each version of the file that cannot be used, with a sentence that says why. */
   readonly onProblem?: (problem: string) => void;
 }
@@ -47,8 +54,9 @@ export function dockerConfigPath(environment: NodeJS.ProcessEnv = process.env): 
 export class DockerConfig implements CredentialSource {
   readonly #path: string;
   readonly #onProblem: (problem: string) => void;
+  readonly #helpers: CredentialHelpers | undefined;
   #version = '';
-  #entries: Entries = {};
+  #config: Config = {};
   #refreshing: Promise<void> | undefined;
   /** Keys of broken entries that have been told of. */
   readonly #reported = new Set<string>();
@@ -56,21 +64,37 @@ export class DockerConfig implements CredentialSource {
   constructor(path: string, options: DockerConfigOptions = {}) {
     this.#path = path;
     this.#onProblem = options.onProblem ?? (() => undefined);
+    const { helperTimeoutMs = 15_000 } = options;
+    this.#helpers =
+      helperTimeoutMs === 0 ? undefined : new CredentialHelpers(helperTimeoutMs, this.#onProblem);
   }
 
-  async lookup(host: string): Promise<Credentials | undefined> {
+  async lookup(host: string, repository = ''): Promise<Credentials | undefined> {
     await this.#refresh();
-    const wanted = DOCKER_HUB_HOSTS.has(host) ? [DOCKER_HUB_KEY, ...DOCKER_HUB_HOSTS] : [host];
-    for (const name of wanted) {
-      // Exactly as given first: a key may be a URL with or without a path (`https://host/v1/`).
-      const key = Object.hasOwn(this.#entries, name)
-        ? name
-        : Object.keys(this.#entries).find((candidate) => hostOfKey(candidate) === name.toLowerCase());
-      const entry = key === undefined ? undefined : this.#entries[key];
-      const credentials = entry && this.#decode(entry, key ?? name);
+    const { auths = {} } = this.#config;
+    // As in Docker: where a helper is named, it has the credentials and the file holds an empty entry.
+    const helper = this.#helperOf(host, repository);
+    const stored = helper === undefined ? undefined : await this.#helpers?.get(helper, serverName(host));
+    if (stored !== undefined) return stored;
+    for (const key of matchingKeys(Object.keys(auths), host, repository)) {
+      const entry = auths[key];
+      const credentials = entry && this.#decode(entry, key);
       if (credentials) return credentials;
     }
     return undefined;
+  }
+
+  refused(host: string, repository: string): boolean {
+    const helper = this.#helperOf(host, repository);
+    return helper !== undefined && this.#helpers?.forget(helper, serverName(host)) === true;
+  }
+
+  #helperOf(host: string, repository: string): string | undefined {
+    if (this.#helpers === undefined) return undefined;
+    const { credHelpers = {}, credsStore = '' } = this.#config;
+    const [key] = matchingKeys(Object.keys(credHelpers), host, repository);
+    const name = (key === undefined ? undefined : credHelpers[key]) ?? credsStore;
+    return name === '' ? undefined : name;
   }
 
   /** Reads the file when it has changed; whoever asks meanwhile waits for that. */
@@ -83,7 +107,7 @@ export class DockerConfig implements CredentialSource {
 
   async #read(): Promise<void> {
     let version: string;
-    let entries: Entries = {};
+    let config: Config = {};
     try {
       const status = await stat(this.#path);
       version = `${status.ino} ${status.size} ${status.mtimeMs}`;
@@ -93,7 +117,7 @@ export class DockerConfig implements CredentialSource {
           `${this.#path}: ${status.size} bytes, at most ${MAX_FILE} are read; access is anonymous`,
         );
       } else {
-        entries = this.#parse(await readFile(this.#path, 'utf8'));
+        config = this.#parse(await readFile(this.#path, 'utf8'));
       }
     } catch (error) {
       version = error instanceof Error && 'code' in error ? String(error.code) : 'unknown error';
@@ -102,19 +126,19 @@ export class DockerConfig implements CredentialSource {
       }
     }
     this.#version = version;
-    this.#entries = entries;
+    this.#config = config;
     this.#reported.clear();
   }
 
-  /** The entries of a file; none when it is broken. Neither the file's text nor an entry gets into the problem. */
-  #parse(content: string): Entries {
+  /** What a file says; nothing when it is broken. Neither the file's text nor an entry gets into the problem. */
+  #parse(content: string): Config {
     const document = parseJson(content);
     if (document === undefined) {
       this.#onProblem(`${this.#path} is not JSON; access to registries is anonymous until it is repaired`);
       return {};
     }
     const result = configSchema.safeParse(document);
-    if (result.success) return result.data.auths ?? {};
+    if (result.success) return result.data;
     const place = result.error.issues[0]?.path.map(String).join(' → ') ?? '';
     const expected = result.error.issues[0]?.message ?? '';
     this.#onProblem(
@@ -124,7 +148,7 @@ export class DockerConfig implements CredentialSource {
     return {};
   }
 
-  #decode(entry: Entries[string], key: string): Credentials | undefined {
+  #decode(entry: Entry, key: string): Credentials | undefined {
     if (entry.identitytoken !== undefined && entry.identitytoken !== '') {
       return new IdentityTokenCredentials(entry.identitytoken);
     }
@@ -148,8 +172,7 @@ export class DockerConfig implements CredentialSource {
   }
 }
 
-/** `https://Host:5000/v1/` → `host:5000`. A key with any other path is for a part of a registry, and is no match. */
-function hostOfKey(key: string): string | undefined {
-  const match = /^(?:https?:\/\/)?([^/]+)\/?(?:v[12]\/?)?$/.exec(key.toLowerCase());
-  return match?.[1];
+/** What Docker calls a registry when it asks a helper. */
+function serverName(host: string): string {
+  return isDockerHub(host) ? DOCKER_HUB_KEY : host;
 }

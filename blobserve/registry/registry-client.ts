@@ -131,7 +131,7 @@ export class RegistryClient {
   async fetchManifest(
     reference: Reference,
     expected: { readonly size?: number; readonly signal?: AbortSignal | undefined } = {},
-  ): Promise<FetchedManifest> {
+  ): Promise<FetchedManifest & { readonly body: Buffer }> {
     const wanted = reference.digest ?? reference.tag ?? 'latest';
     const object = manifestName(reference);
     const request: RepositoryRequest = {
@@ -151,7 +151,7 @@ export class RegistryClient {
         const digest =
           reference.digest ?? (stated !== undefined && isDigest(stated) ? stated : digestOf(body));
         verifyContent(body, { digest, size: expected.size });
-        return { ...parseManifest(body, response.header('content-type')), digest, size: body.length };
+        return { ...parseManifest(body, response.header('content-type')), digest, size: body.length, body };
       } catch (error) {
         throw this.#invalid(reference, object, error, response.url.host);
       }
