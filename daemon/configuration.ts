@@ -8,6 +8,7 @@ import { readFileSync } from 'node:fs';
 import path from 'node:path';
 import { parse, TomlError } from 'smol-toml';
 import { z } from 'zod';
+import { parseListenAddress, SOCKET_PATH_MAX } from './listen-address.js';
 import { LOG_LEVELS } from './log.js';
 import { parseDuration, parseSize } from './quantity.js';
 
@@ -36,9 +37,6 @@ const duration = (fallback: string, minimum: string, maximum: string) =>
   quantity(parseDuration, fallback, minimum, maximum);
 const powerOfTwo = (value: number) => Number.isInteger(Math.log2(value));
 
-/** Paths of unix sockets end up in a 108-byte field of the kernel (sun_path), one byte of it a NUL. */
-const SOCKET_PATH_MAX = 107;
-
 const absolutePath = z.string().refine((value) => path.isAbsolute(value), 'expected an absolute path');
 const pathOrNone = z
   .string()
@@ -56,6 +54,17 @@ const socketPath = absolutePath.refine(
   (value) => Buffer.byteLength(value) <= SOCKET_PATH_MAX,
   `expected a path of at most ${SOCKET_PATH_MAX} bytes, the kernel's limit for a socket`,
 );
+
+/** Somewhere on this machine to listen; undefined when it is empty: nowhere. */
+const listenAddress = z.string().transform((text, context) => {
+  if (text === '') return undefined;
+  try {
+    return parseListenAddress(text);
+  } catch (error) {
+    context.addIssue({ code: 'custom', message: error instanceof Error ? error.message : String(error) });
+    return z.NEVER;
+  }
+});
 
 const schema = z.strictObject({
   version: z.literal(1).default(1),
@@ -131,6 +140,11 @@ const schema = z.strictObject({
       registries: z.array(z.string().regex(/^[^\s/]+:\d{1,5}$/, 'expected host:port')).default([]),
       certificates: absolutePath.default('/etc/containerd/certs.d'),
       timeout: duration('5s', '100ms', '5m'),
+    })
+    .prefault({}),
+  metrics: z
+    .strictObject({
+      address: listenAddress.prefault(''),
     })
     .prefault({}),
   recovery: z

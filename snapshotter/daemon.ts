@@ -20,9 +20,12 @@ import { snapshotsService } from '../proto/service.js';
 import type { BlobServeProcess } from './blobserve-process.js';
 import { ContainerdClient } from './containerd-client.js';
 import { closeDataPlane, openDataPlane } from './data-plane.js';
+import { diskUsage } from './disk-usage.js';
 import { ImageDiscovery } from './image-discovery.js';
 import { LayerAttachments } from './layer-attachments.js';
 import { LayerFinder } from './layer-finder.js';
+import { snapshotterFamilies } from './metrics.js';
+import { MetricsServer } from './metrics-server.js';
 import { Mounter } from './mounter.js';
 import { kernelOverlayOptions } from './overlay.js';
 import { PluginName } from './plugin-name.js';
@@ -39,6 +42,8 @@ export interface DaemonOptions {
 
 /** Milliseconds that calls under way get to end before the daemon does. */
 const STOP_TIMEOUT = 5_000;
+/** Milliseconds for which the disk space of the cache is remembered: all its files are looked at to know it. */
+const CACHE_USAGE_AGE = 15_000;
 /** containerd's own limit for messages is 16 MiB. */
 const MESSAGE_MAX = 16 * 2 ** 20;
 
@@ -53,6 +58,7 @@ export class Daemon {
   #snapshotter: Snapshotter | undefined;
   #dataPlane: Promise<BlobServeProcess> | undefined;
   #containerd: ContainerdClient | undefined;
+  #metrics: MetricsServer | undefined;
 
   constructor(options: DaemonOptions) {
     this.#options = options;
@@ -75,13 +81,37 @@ export class Daemon {
     faultPoint('socket-open');
     this.#server = server;
     this.#log.info({ version: VERSION, address: configuration.address, root: this.#layout.root }, 'ready');
+    await this.#startMetrics();
     this.#recover(attachments).catch((error: unknown) => {
       this.#log.error({ err: error }, 'layers cannot be attached; everything else works');
     });
   }
 
+  /** Without them containers run as well: an address that is taken is no reason not to start. */
+  async #startMetrics(): Promise<void> {
+    const { address } = this.#options.configuration.metrics;
+    if (address === undefined) return;
+    const cacheBytes = remembered(CACHE_USAGE_AGE, async () => (await diskUsage(this.#layout.cache)).size);
+    try {
+      this.#metrics = await MetricsServer.start({
+        address,
+        families: async () =>
+          snapshotterFamilies({
+            layers: this.#layers?.devices().length ?? 0,
+            cacheBytes: await cacheBytes(),
+          }),
+        dataPlane: async (timeoutMs) => (await this.#dataPlane)?.client.metrics(timeoutMs),
+        log: this.#log,
+      });
+      this.#log.info({ address }, 'metrics are served');
+    } catch (error) {
+      this.#log.error({ err: error }, 'metrics are not served; everything else works');
+    }
+  }
+
   /** Ends this process's part. The data plane goes on when anything is attached. */
   async stop(): Promise<void> {
+    await this.#metrics?.close();
     await this.#stopServer();
     const settled = await Promise.race([
       this.#settled().then((dataPlane) => ({ dataPlane })),
@@ -211,4 +241,18 @@ export class Daemon {
     this.#mounter.close();
     this.#database?.close();
   }
+}
+
+/** What `look` finds, looked at again when it is older than so many milliseconds. */
+function remembered<T>(ageMs: number, look: () => Promise<T>): () => Promise<T> {
+  let found: Promise<T> | undefined;
+  let at = 0;
+  return () => {
+    if (found === undefined || performance.now() - at > ageMs) {
+      at = performance.now();
+      found = look();
+      found.catch(() => (found = undefined));
+    }
+    return found;
+  };
 }

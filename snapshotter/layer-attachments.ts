@@ -14,6 +14,7 @@ import type { LayerStore, DeviceRow, LayerInput, LayerRow } from '../metadata/la
 import { control } from '../proto/messages.js';
 import type { BlobServeClient } from './blobserve-client.js';
 import { KeyedLock } from './keyed-lock.js';
+import { counted } from './metrics.js';
 import { mountAt } from './mount-table.js';
 import { MountError, type Mounter } from './mounter.js';
 
@@ -200,6 +201,7 @@ export class LayerAttachments {
     const { layerId } = device;
     try {
       await this.#attach(client, this.#layers.get(layerId), { ...device, checked: true });
+      counted.recoveries.add('layer served again');
     } catch (error) {
       this.#ready.delete(layerId);
       if (this.#layers.device(layerId) !== undefined) {

@@ -9,6 +9,7 @@ import { snapshots } from '../proto/messages.js';
 import { CallError } from '../proto/unary-call.js';
 import { FilterError, parseFilters } from './filter.js';
 import { LabelError } from './layer-reference.js';
+import { counted } from './metrics.js';
 import { MountError } from './mounter.js';
 import type { PluginName } from './plugin-name.js';
 import type { Snapshotter } from './snapshotter.js';
@@ -82,6 +83,11 @@ function toServiceError(error: unknown): Partial<grpc.StatusObject> {
   return { code: statusOf(error), details: message.slice(0, MESSAGE_MAX) };
 }
 
+/** @param startedAt on the clock of `performance.now` */
+function took(call: string, code: grpc.status, startedAt: number): void {
+  counted.calls.of(call, grpc.status[code]).observe((performance.now() - startedAt) / 1000);
+}
+
 export function snapshotsImplementation(
   snapshotter: Snapshotter,
   plugin: PluginName,
@@ -99,11 +105,13 @@ export function snapshotsImplementation(
         return handle(call.request);
       })().then(
         (response) => {
+          took(name, grpc.status.OK, startedAt);
           log.debug({ call: name, ms: Math.round(performance.now() - startedAt) }, 'answered');
           callback(null, response);
         },
         (error: unknown) => {
           const status = toServiceError(error);
+          took(name, status.code ?? grpc.status.UNKNOWN, startedAt);
           const expected = error instanceof MetadataError && error.code !== 'internal';
           log[expected ? 'debug' : 'error'](
             { call: name, about: subjectOf(call.request), err: error },
@@ -172,9 +180,14 @@ export function snapshotsImplementation(
         }
         if (batch.length > 0) await flush();
       };
+      const startedAt = performance.now();
       send().then(
-        () => call.end(),
+        () => {
+          took('List', grpc.status.OK, startedAt);
+          call.end();
+        },
         (error: unknown) => {
+          took('List', statusOf(error), startedAt);
           log.debug({ call: 'List', err: error }, 'refused');
           // Not `destroy`: a destroyed stream sends no status, and the client would wait for ever.
           call.emit('error', toServiceError(error));
