@@ -8,7 +8,7 @@ import { libc, systemCallError } from '../blobserve/linux/libc.js';
 // mount(8) would put a loop device between; the call itself lets EROFS read the file.
 const mount = libc.func(
   'int mount(const char *source, const char *target, const char *type, unsigned long flags, const void *data)',
-) as (source: string, target: string, type: string, flags: number, data: null) => number;
+) as (source: string, target: string, type: string, flags: number, data: Buffer | null) => number;
 const MS_RDONLY = 1;
 
 let reason: string | undefined;
@@ -47,11 +47,13 @@ function findReason(): string | undefined {
  * Blocks: never for a file that this process serves.
  *
  * @param use gets the mount point; must leave nothing open in it
+ * @param options of the file system, for instance `device=<the tar>` for a tarindex alone
  */
-export function withErofsMount<T>(file: string, use: (mountPoint: string) => T): T {
+export function withErofsMount<T>(file: string, use: (mountPoint: string) => T, options?: string): T {
+  const data = options === undefined ? null : Buffer.from(`${options}\0`);
   const mountPoint = mkdtempSync(path.join(tmpdir(), 'erofs-mount-'));
   try {
-    if (mount(file, mountPoint, 'erofs', MS_RDONLY, null) !== 0) {
+    if (mount(file, mountPoint, 'erofs', MS_RDONLY, data) !== 0) {
       throw systemCallError('mount', `erofs image ${file} (the kernel log says why)`);
     }
     try {

@@ -4,8 +4,10 @@
 # ${EROFS_NBD_CACHE:-~/.cache/erofs-nbd}/apt/SUITE. What apt downloads is verified against Debian's archive keys.
 #
 #   fetch-packages.sh [--with-dependencies] SUITE DIRECTORY PACKAGE[=VERSION]...
+#   fetch-packages.sh --source SUITE DIRECTORY PACKAGE
 #   fetch-packages.sh --list SUITE PACKAGE...
 #
+#   --source             the upstream source that the package is built from, without Debian's own files
 #   --list               only prints name=version of the packages and all their dependencies, a line each
 #   --with-dependencies  also everything the packages depend on, as on a system with nothing installed (no recommends)
 #   SUITE                bookworm, bookworm-backports, trixie, sid, ...; or `system`, the suite this system runs
@@ -21,9 +23,10 @@ die() {
   exit 1
 }
 
-CLOSURE=no LIST=no
+CLOSURE=no LIST=no SOURCE=no
 case ${1:-} in
   --with-dependencies) CLOSURE=yes; shift ;;
+  --source) SOURCE=yes; shift ;;
   --list) CLOSURE=yes; LIST=yes; shift; set -- "${1:-}" /nonexistent "${@:2}" ;;
 esac
 [ $# -ge 3 ] || die "usage: fetch-packages.sh [--with-dependencies] SUITE DIRECTORY PACKAGE[=VERSION]..."
@@ -40,7 +43,7 @@ case $SUITE in *[!a-z0-9-]* | '') die "not the name of a suite: '$SUITE'" ;; esa
 
 # `realpath -m` also for a directory that is not there yet, without a slash at its end.
 TARGET=$(realpath -m -- "$TARGET")
-REQUEST="suite=$SUITE dependencies=$CLOSURE packages=$(printf '%s\n' "$@" | LC_ALL=C sort -u | tr '\n' ' ')"
+REQUEST="suite=$SUITE dependencies=$([ $SOURCE = no ] && echo $CLOSURE || echo source) packages=$(printf '%s\n' "$@" | LC_ALL=C sort -u | tr '\n' ' ')"
 STAMP=$TARGET/.packages
 
 complete() { [ -f "$STAMP" ] && [ "$(head -n 1 "$STAMP")" = "# $REQUEST" ]; }
@@ -50,7 +53,9 @@ if [ -e "$TARGET" ] && [ ! -f "$STAMP" ] && [ -n "$(ls -A -- "$TARGET")" ]; then
 fi
 
 CACHE=$(realpath -m -- "${EROFS_NBD_CACHE:-$HOME/.cache/erofs-nbd}")/apt
-STATE=$CACHE/$SUITE
+STATE=$CACHE/$SUITE TYPE=deb
+# Lists of sources are long, and few want them: they are kept apart.
+if [ "$SOURCE" = yes ]; then STATE=$STATE-source TYPE=deb-src; fi
 if [ "$LIST" = no ]; then
   mkdir -p "$CACHE/locks" "$(dirname -- "$TARGET")"
   exec {TARGET_LOCK}>"$CACHE/locks/$(echo "$TARGET" | sha256sum | cut -c 1-32)"
@@ -108,8 +113,8 @@ write_configuration() {
 $(find_keyring "$FETCHED_KEYRING/usr/share/keyrings")"
   [ -n "${keyrings// /}" ] ||
     die "no /usr/share/keyrings/debian-archive-keyring.gpg: install debian-archive-keyring so that downloads can be verified"
-  printf 'Types: deb\nURIs: %s\nSuites: %s\nComponents: main\nSigned-By: %s\n' \
-    "$MIRROR" "$SUITES" "$(echo $keyrings)" >"$STATE/etc/private.sources"
+  printf 'Types: %s\nURIs: %s\nSuites: %s\nComponents: main\nSigned-By: %s\n' \
+    "$TYPE" "$MIRROR" "$SUITES" "$(echo $keyrings)" >"$STATE/etc/private.sources"
   {
     # How this system reaches mirrors (proxies, time-outs) holds here too; its hooks do not.
     env -u APT_CONFIG apt-config dump | grep -E '^Acquire::(http|https|Retries|ForceIP|Check-Valid|Check-Date|Max-)' || true
@@ -194,6 +199,10 @@ select_packages() { # -> $WORK/selection: one `name=version` a line
     apt-get install -s -q -- "$@" >"$WORK/plan" 2>"$WORK/log" || return 1
     # Inst libc6 (2.36-9 Debian:12.1/stable [amd64])
     sed -nE 's/^Inst ([^ ]+) \(([^ ]+) .*/\1=\2/p' "$WORK/plan" >"$WORK/selection"
+  elif [ "$SOURCE" = yes ]; then
+    apt-get source -q --download-only --print-uris -- "$@" >"$WORK/plan" 2>"$WORK/log" || return 1
+    # 'http://…/erofs-utils_1.9.4-1.dsc' erofs-utils_1.9.4-1.dsc 2218 SHA256:…
+    sed -nE 's/.* ([^ _]+)_([^ ]+)\.dsc .*/\1=\2/p' "$WORK/plan" >"$WORK/selection"
   else
     apt-get download -q --print-uris -- "$@" >"$WORK/plan" 2>"$WORK/log" || return 1
     # 'http://…/runc_1.1.5-1_amd64.deb' runc_1.1.5-1_amd64.deb 123 SHA256:…
@@ -204,7 +213,9 @@ select_packages() { # -> $WORK/selection: one `name=version` a line
 }
 
 download() { # every selected package into archives/; what an earlier run left there is verified again by apt
-  (cd "$STATE/archives" && xargs -r apt-get download -q -- <"$WORK/selection") >"$WORK/log" 2>&1
+  local how=download
+  [ "$SOURCE" = no ] || how='source --download-only'
+  (cd "$STATE/archives" && xargs -r apt-get $how -q -- <"$WORK/selection") >"$WORK/log" 2>&1
 }
 
 write_configuration
@@ -225,6 +236,11 @@ fi
 
 sort -o "$WORK/selection" "$WORK/selection"
 while IFS='=' read -r name version; do
+  if [ "$SOURCE" = yes ]; then
+    tar -C "$UNPACKED" --strip-components=1 --no-same-owner -xf "$STATE/archives/${name}_${version%-*}".orig.tar.* ||
+      die "cannot unpack the source of $name $version"
+    continue
+  fi
   file=$(find "$STATE/archives" -maxdepth 1 -name "${name}_${version//:/%3a}_*.deb" | head -n 1)
   [ -n "$file" ] || die "$name $version was downloaded but is not in $STATE/archives"
   dpkg-deb -x "$file" "$UNPACKED" || die "cannot unpack $file"
@@ -235,7 +251,7 @@ done <"$WORK/selection"
 } >"$UNPACKED/.packages"
 
 # Archives are kept for other directories that ask for the same packages, those of old versions are not.
-find "$STATE/archives" -maxdepth 1 -name '*.deb' -mtime +30 -delete
+find "$STATE/archives" -maxdepth 1 -type f -mtime +30 -delete
 
 if [ -e "$TARGET" ]; then mv -T -- "$TARGET" "$UNPACKED.replaced"; fi
 mv -T -- "$UNPACKED" "$TARGET"

@@ -1,0 +1,124 @@
+/**
+ * Layers of real Debian packages as tar.gz, through the registry, our daemons, the device and the kernel: every byte is
+ * where the tar has it, and the mounted tree is the one that GNU tar extracts and that mkfs.erofs makes.
+ *
+ * `TREES=all` takes all layers, which is the default outside the test machine; `TREES=small` only those of a few megabytes.
+ */
+import { mkdir } from 'node:fs/promises';
+import path from 'node:path';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { leftovers } from '../stack/leftovers.js';
+import { compareDevice, compareMountedTree } from '../trees/compare.js';
+import { buildRealLayer, type RealLayer, type RealLayerName } from '../trees/real-layers.js';
+import { LayerNode, type ServedLayer } from './layer-node.js';
+import { withMounts } from './mounts.js';
+import { backendOf, expectedBackend, missingForSystemTests } from './requirements.js';
+
+const missing = await missingForSystemTests();
+const SMALL: readonly RealLayerName[] = ['attributes', 'base', 'whiteouts'];
+const chosen = process.env['TREES'] ?? 'all';
+if (!['all', 'small'].includes(chosen)) throw new Error(`TREES=${chosen}: wanted all or small`);
+const NAMES: readonly RealLayerName[] = chosen === 'all' ? [...SMALL, 'many', 'large'] : SMALL;
+
+describe('layers of Debian packages', () => {
+  let node: LayerNode;
+  let whyNot = missing;
+  const layers = new Map<RealLayerName, { readonly real: RealLayer; readonly served: ServedLayer }>();
+
+  beforeAll(async () => {
+    if (whyNot !== undefined) return;
+    const real: RealLayer[] = [];
+    try {
+      for (const name of NAMES) real.push(await buildRealLayer(name));
+    } catch (error) {
+      if (!(error instanceof Error) || !/cannot fetch|cannot be read:/.test(error.message)) throw error;
+      whyNot = error.message;
+      return;
+    }
+    node = await LayerNode.start('version = 1\n');
+    const find = (name: RealLayerName): RealLayer => real.find((layer) => layer.name === name) as RealLayer;
+    const images = [['attributes'], ['base', 'whiteouts'], ['many'], ['large']] as const;
+    for (const names of images) {
+      const wanted = names.filter((name) => NAMES.includes(name)).map(find);
+      if (wanted.length === 0) continue;
+      const image = await node.push(
+        names.join('-'),
+        wanted.map(({ composed }) => composed),
+      );
+      for (const [number, served] of (await node.serve(image)).entries()) {
+        layers.set(wanted[number]?.name as RealLayerName, { real: wanted[number] as RealLayer, served });
+      }
+    }
+    expect(await backendOf(node.snapshotter)).toBe(await expectedBackend());
+  });
+  afterAll(async () => {
+    await node?.remove();
+  });
+
+  const test = (
+    name: string,
+    layer: RealLayerName,
+    body: (real: RealLayer, served: ServedLayer) => Promise<void>,
+  ) =>
+    it(name, async (context) => {
+      if (whyNot !== undefined) return context.skip(whyNot);
+      const { real, served } = layers.get(layer) ?? expect.fail(`${layer} is not served`);
+      await body(real, served);
+    });
+
+  for (const name of NAMES) {
+    // First: afterwards the kernel has read everything.
+    test(
+      `${name}: is the same bytes about every span boundary, in random order`,
+      name,
+      async (real, served) => {
+        const { boundaries, reads, differences } = await compareDevice(served.device, served.index, real.tar);
+        expect(differences).toEqual([]);
+        expect(boundaries).toBeGreaterThanOrEqual(Math.floor(real.tarBytes / 2 ** 20) - 1);
+        expect(reads).toBeGreaterThan(boundaries);
+      },
+    );
+
+    test(
+      `${name}: is the tree of tar -x and of mkfs.erofs, in every attribute`,
+      name,
+      async (real, served) => {
+        const compared = await compareMountedTree(served.mountPoint, [real.trees.tar, real.trees.mkfs]);
+        expect(compared.differences).toEqual({ 'tar.jsonl': [], 'mkfs.jsonl': [] });
+        expect(compared.entries).toBe(real.entries);
+      },
+    );
+  }
+
+  test('whiteouts: over the base is the tree of tar -x over the base', 'whiteouts', async (real, served) => {
+    const target = path.join(node.stack.directory, 'merged');
+    await mkdir(target);
+    await withMounts(await node.viewMounts('test/merged', served), target, async () => {
+      // Overlay counts no links of directories.
+      const { differences, entries } = await compareMountedTree(target, [real.trees.merged ?? ''], ['nlink']);
+      expect(differences).toEqual({ 'merged.jsonl': [] });
+      expect(entries).toBeGreaterThan(real.entries);
+    });
+  });
+
+  if (chosen === 'all') {
+    it('are of the sizes that they are meant to be', (context) => {
+      if (whyNot !== undefined) return context.skip(whyNot);
+      expect(layers.get('many')?.real.entries).toBeGreaterThan(100_000);
+      expect(layers.get('large')?.real.tarBytes).toBeGreaterThan(2 ** 30);
+    });
+  }
+
+  it('leave nothing when they are removed', async (context) => {
+    if (whyNot !== undefined) return context.skip(whyNot);
+    await node.removeSnapshots();
+    expect(await node.snapshotter.devices()).toEqual([]);
+    expect(await node.stack.stop()).toEqual([]);
+    expect(await leftovers(node.stack.directory)).toMatchObject({
+      mounts: [],
+      loops: [],
+      nbd: [],
+      processes: [],
+    });
+  });
+});
