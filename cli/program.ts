@@ -3,6 +3,7 @@
  */
 import { Command } from 'commander';
 import { VERSION } from '../daemon/version.js';
+import { addPullCommand } from './pull-command.js';
 
 /** Errors are thrown (CommanderError), not printed: `main.ts` says them in the form that is wanted. */
 export function createProgram(): Command {
@@ -13,5 +14,6 @@ export function createProgram(): Command {
     .exitOverride()
     .configureOutput({ outputError: () => undefined, writeErr: () => undefined });
   // Here each subcommand's file adds its command, in the order of the help.
+  addPullCommand(program);
   return program;
 }

@@ -5,7 +5,7 @@ import path from 'node:path';
 import { execa } from 'execa';
 import { expect } from 'vitest';
 import { compileGo } from '../conformance/go-programs.js';
-import type { ContainerdSuite } from '../debian/packages.js';
+import { checkout, type ContainerdSuite } from '../debian/packages.js';
 import type { Image } from '../image/oci-layout.js';
 import { patience } from '../patience.js';
 import type { Containerd } from '../stack/containerd.js';
@@ -32,6 +32,9 @@ export const VERSIONS = {
   trixie: 'containerd 1.7',
   sid: 'containerd 2.x',
 } as const;
+
+/** As `npm run build` leaves it. */
+const COMMAND = path.join(checkout, 'dist', 'cli', 'main.js');
 
 export class ClientNode {
   private constructor(
@@ -73,6 +76,13 @@ export class ClientNode {
     const { address } = this.containerd;
     const parameters = [address, namespace, 'erofs-nbd', 'pull', reference];
     await execa(path.join(directory, 'go-client'), parameters, { stdin: 'ignore' });
+  }
+
+  /** `erofs-nbd pull`, which finds containerd as `ctr` does. */
+  pull(reference: string, ...options: string[]) {
+    const configuration = path.join(this.stack.directory, `${this.snapshotter.plugin.name}.toml`);
+    const parameters = [COMMAND, 'pull', '--config', configuration, ...options, reference];
+    return execa(process.execPath, parameters, { env: this.containerd.environment, stdin: 'ignore' });
   }
 
   async ctrPull(reference: string, ...options: string[]): Promise<void> {

@@ -1,0 +1,127 @@
+/**
+ * `erofs-nbd pull IMAGE`: the command around `pull.ts`.
+ */
+import process from 'node:process';
+import * as grpc from '@grpc/grpc-js';
+import { InvalidArgumentError, Option, type Command } from 'commander';
+import { machinePlatform, parsePlatform, type Platform } from '../blobserve/registry/platform.js';
+import { ImageReferenceError, parseReference } from '../blobserve/registry/reference.js';
+import { loadConfiguration } from '../daemon/configuration.js';
+import { CallError } from '../proto/unary-call.js';
+import { ContainerdClient } from '../snapshotter/containerd-client.js';
+import { Failure, UsageError } from './failure.js';
+import { openProgress } from './progress.js';
+import { pull } from './pull.js';
+import { openRegistry } from './registry.js';
+import { interruptible, print } from './terminal.js';
+
+interface PullCommandLine {
+  readonly config?: string;
+  readonly address?: string;
+  readonly namespace: string;
+  readonly snapshotter: string;
+  readonly platform: Platform;
+  readonly quiet?: true;
+  readonly json?: true;
+}
+
+export function addPullCommand(program: Command): void {
+  program
+    .command('pull')
+    .description('pull an image whose layers are fetched when they are read; any client can run it then')
+    .argument('<image>', 'host[:port]/repository[:tag][@digest], or a short name of Docker Hub')
+    .option('--config <file>', "the snapshotter's configuration file (default: /etc/erofs-nbd/config.toml)")
+    .addOption(
+      new Option(
+        '--address <socket>',
+        "containerd's socket (default: containerd.address of the configuration)",
+      ).env('CONTAINERD_ADDRESS'),
+    )
+    .addOption(
+      new Option('-n, --namespace <name>', "containerd's namespace")
+        .env('CONTAINERD_NAMESPACE')
+        .default('default'),
+    )
+    .addOption(
+      new Option('--snapshotter <name>', "the snapshotter's name in containerd's configuration")
+        .env('CONTAINERD_SNAPSHOTTER')
+        .default('erofs-nbd'),
+    )
+    .addOption(
+      new Option('--platform <os/architecture[/variant]>', 'of which platform')
+        .argParser(toPlatform)
+        .default(machinePlatform(), "this machine's"),
+    )
+    .option('-q, --quiet', 'show no progress')
+    .option('--json', 'print the result as JSON')
+    .action(pullImage);
+}
+
+function toPlatform(text: string): Platform {
+  try {
+    return parsePlatform(text);
+  } catch (error) {
+    throw new InvalidArgumentError((error as Error).message);
+  }
+}
+
+async function pullImage(image: string, options: PullCommandLine): Promise<void> {
+  const configuration = loadConfiguration(options.config);
+  const reference = parsed(image);
+  const containerd = new ContainerdClient(options.address ?? configuration.containerd.address);
+  const registry = openRegistry(configuration, (problem) => process.stderr.write(`erofs-nbd: ${problem}\n`));
+  const progress = openProgress(process.stderr, options.quiet === true || options.json === true);
+  const startedAt = performance.now();
+  try {
+    const { name, digest, outcomes } = await interruptible((signal) =>
+      pull(reference, {
+        containerd,
+        registry,
+        namespace: options.namespace,
+        snapshotter: options.snapshotter,
+        platform: options.platform,
+        progress,
+        signal,
+      }),
+    );
+    progress.close();
+    const seconds = Number(((performance.now() - startedAt) / 1000).toFixed(1));
+    const lazy = outcomes.filter((outcome) => outcome !== 'unpacked').length;
+    await print(
+      options.json === true
+        ? `${JSON.stringify({ image: name, digest, layers: outcomes.length, lazy, seconds })}\n`
+        : `${name} ${digest}: ${lazy} of ${outcomes.length} layers lazy, ${seconds} s\n`,
+    );
+  } catch (error) {
+    throw error instanceof CallError ? explained(error, containerd.address, options) : error;
+  } finally {
+    progress.close();
+    containerd.close();
+    await registry.close();
+  }
+}
+
+function parsed(image: string) {
+  try {
+    return parseReference(image);
+  } catch (error) {
+    throw error instanceof ImageReferenceError ? new UsageError(error.message) : error;
+  }
+}
+
+/** What containerd says, with what to do about it where that is known. */
+function explained(error: CallError, address: string, { snapshotter }: PullCommandLine): Error {
+  const fail = (message: string): Failure => new Failure(message, undefined, { cause: error });
+  if (error.code === grpc.status.UNAVAILABLE && error.message.includes('No connection established')) {
+    return fail(
+      `containerd does not answer on ${address}; is it running, and is that its socket (--address)?`,
+    );
+  }
+  if (error.message.includes('snapshotter not loaded')) {
+    return fail(
+      `containerd on ${address} has no snapshotter ${JSON.stringify(snapshotter)}: add [proxy_plugins.${snapshotter}] to ` +
+        'its configuration and restart it, or name another with --snapshotter',
+    );
+  }
+  return error;
+}
