@@ -6,15 +6,18 @@
 import type { Logger } from '../../daemon/log.js';
 import { type BlobReader, checkRange, ReadError } from './blob-reader.js';
 import { BufferPool } from './buffer-pool.js';
+import type { FetchSlots } from './fetch-slots.js';
 import { type Part, settleInOrder } from './parts.js';
 import { SpanRequests } from './span-requests.js';
-import { SpanState, SpanStore } from './span-store.js';
+import { SpanState, type SpaceKeeper, SpanStore } from './span-store.js';
 
 export interface CacheReaderOptions {
   /** Directory of all cache files; made when it is missing. */
   dir: string;
   /** Digest of the blob, `algorithm:hex`. */
   digest: string;
+  /** What it is, and where from, for messages; default: `blob`, and its digest. */
+  name?: string;
   /** Bytes of a span: the least that is fetched. Default 256 KiB. */
   spanSize?: number;
   /** Bytes of one request at most. Default 4 MiB. */
@@ -22,14 +25,19 @@ export interface CacheReaderOptions {
   /** The memory that fetched bytes pass through; one for all caches of the process bounds them together.
    * Default: 32 MiB of this cache's own. */
   buffers?: BufferPool;
+  /** Requests under way to the host, of all its blobs; default: no bound but that of the buffers. */
+  slots?: FetchSlots;
   /** Requests under way for `willNeed`. Default 2. */
   maxBackgroundRequests?: number;
   /** Memory for spans that the disk refused, so that small reads of them are not a request each. Default 4 MiB. */
   uncachedBytes?: number;
   /** Milliseconds without a try to write after the disk has refused. Default 30 s. */
   diskRetryMs?: number;
-  /** Called with every fetched span before it is kept or served; throws ReadError `corrupt` when it is not right. */
-  verify?: (span: number, bytes: Buffer) => void | Promise<void>;
+  /** Called with every fetched span before it is kept or served; throws ReadError `corrupt` when it is not right, and
+   * returns whether anything is known of it. */
+  verify?: (span: number, bytes: Buffer) => boolean | Promise<boolean>;
+  /** Who watches over the space that all caches take together; default: nobody. */
+  space?: SpaceKeeper;
   log: Logger;
 }
 
@@ -118,15 +126,17 @@ export class CacheReader implements BlobReader {
       onComplete: () => {
         for (const { resolve } of completion.splice(0)) resolve();
       },
+      ...(options.space && { space: options.space }),
       log,
     });
-    const name = `blob ${digest}`;
+    const name = options.name ?? `blob ${digest}`;
     try {
       const requests = new SpanRequests({
         name,
         next,
         store,
         buffers: options.buffers ?? new BufferPool(DEFAULTS.maxBytesInFlight),
+        slots: options.slots,
         spanSize,
         maxRangeBytes: options.maxRangeBytes ?? DEFAULTS.maxRangeBytes,
         maxBackgroundRequests: options.maxBackgroundRequests ?? DEFAULTS.maxBackgroundRequests,
@@ -189,6 +199,19 @@ export class CacheReader implements BlobReader {
     if (this.allCached) return Promise.resolve();
     if (this.#closing !== undefined) return Promise.reject(this.#closedError());
     return new Promise((resolve, reject) => this.#completion.push({ resolve, reject }));
+  }
+
+  /**
+   * Downloads what is missing of `length` bytes at `offset` when there is nothing more urgent to do.
+   *
+   * @returns bytes that came for it; 0: nothing was missing that is not on its way
+   * @throws {ReadError}
+   */
+  async fill(offset: number, length: number): Promise<number> {
+    checkRange(this.#name, this.size, offset, length);
+    if (this.#closing !== undefined) throw this.#closedError();
+    const first = Math.floor(offset / this.#spanSize);
+    return this.#requests.fill(first, Math.ceil((offset + length) / this.#spanSize));
   }
 
   /** Resolves when no request is under way, and all that came is durable and marked, or has failed to be. */
@@ -256,7 +279,6 @@ export class CacheReader implements BlobReader {
       parts.push({ done, length: stop - at });
       at = stop;
     }
-    this.#requests.start();
     await settleInOrder(parts, progress);
   }
 

@@ -5,8 +5,10 @@
  * may by then be another file's): `close` waits for the operations under way. And libuv has four threads for the whole
  * process: writes and flushes, which may wait for a slow disk, take at most three of them, so that reads always have one.
  */
-import { close, constants, fdatasync, fstat, ftruncate, open, read, write } from 'node:fs';
+import { close, constants, fdatasync, fstat, ftruncate, open, read, type Stats, write } from 'node:fs';
 import pLimit from 'p-limit';
+import { punchHole } from '../linux/fallocate.js';
+import { lockAlone, lockShared } from '../linux/file-lock.js';
 import { PageCachedFile } from '../linux/pread.js';
 
 const writing = pLimit(2);
@@ -85,7 +87,30 @@ export class LocalFile {
 
   /** Size of the file in bytes. */
   async size(): Promise<number> {
-    return (await this.#operation<{ size: number }>((done) => fstat(this.fd, done))).size;
+    return (await this.stat()).size;
+  }
+
+  async stat(): Promise<Stats> {
+    return this.#operation<Stats>((done) => fstat(this.fd, done));
+  }
+
+  /**
+   * Gives the blocks of a part back to the file system; it reads as zeros then.
+   *
+   * @throws {SystemCallError} EOPNOTSUPP where the file system has no holes
+   */
+  async punchHole(offset: number, length: number): Promise<void> {
+    await writing(() => this.#tracked(() => punchHole(this.fd, offset, length)));
+  }
+
+  /**
+   * Takes the file's lock, see linux/file-lock.ts. Never waits.
+   *
+   * @returns false when others have it in a way that keeps us out
+   */
+  lock(how: 'shared' | 'alone'): boolean {
+    if (this.#closing !== undefined) return false;
+    return how === 'shared' ? lockShared(this.fd) : lockAlone(this.fd);
   }
 
   /** Makes the file `size` bytes long; new bytes are a hole. */
@@ -102,13 +127,18 @@ export class LocalFile {
     return this.#closing;
   }
 
-  async #operation<T>(start: (done: (error: Error | null, value?: T) => void) => void): Promise<T> {
+  #operation<T>(start: (done: (error: Error | null, value?: T) => void) => void): Promise<T> {
+    return this.#tracked(() => settled(start));
+  }
+
+  /** Runs something that uses the descriptor, which stays open until it has ended. */
+  async #tracked<T>(operation: () => Promise<T>): Promise<T> {
     if (this.#closing !== undefined) {
       throw Object.assign(new Error(`EBADF: ${this.path} is closed`), { code: 'EBADF' });
     }
     this.#underWay++;
     try {
-      return await settled(start);
+      return await operation();
     } finally {
       if (--this.#underWay === 0) this.#idle?.();
     }

@@ -7,6 +7,9 @@
  * while a flush is under way share the next one. Entries themselves are not flushed: one that is lost in a power cut
  * means that its span is fetched again.
  *
+ * A span that is evicted keeps its CRC-32 in its entry, under another marker: bytes that come for it later must be the same
+ * ones. Its entry is on the disk before its bytes are let go of, so that no crash leaves one that names a hole.
+ *
  * A map that contradicts its blob in anything is never trusted: it is set aside as empty, with a line in the log.
  */
 import { crc32 } from 'node:zlib';
@@ -38,7 +41,8 @@ const HEADER = {
  * zeros (a hole): the span is not there.
  */
 const ENTRY = {
-  marker: { at: 0, value: 0x6e617073 },
+  /** The span's bytes are there; or they were, and have been evicted. */
+  marker: { at: 0, value: 0x6e617073, evicted: 0x656e6f67 },
   index: { at: 4 },
   crc: { at: 8 },
   check: { at: 12 },
@@ -74,7 +78,17 @@ export interface SpanMapOptions extends SpanMapIdentity {
   log: Logger;
 }
 
+/** What a turn of the loop writes for a span: the CRC-32 of bytes that are there, or one of these. */
 const CLEAR = -1;
+const EVICT = -2;
+
+/** What is known of a span. */
+enum Known {
+  Nothing = 0,
+  Marked = 1,
+  /** Its CRC-32 only. */
+  Evicted = 2,
+}
 
 export class SpanMap {
   readonly spanCount: number;
@@ -83,12 +97,13 @@ export class SpanMap {
   /** Begins the check of every entry. */
   readonly #seed: number;
   readonly #crcs: Uint32Array;
-  readonly #marked: Uint8Array;
+  readonly #known: Uint8Array;
   #markedCount = 0;
-  /** What the next turn of the loop writes: span → CRC-32 of its bytes, or CLEAR. */
+  /** What the next turn of the loop writes: span → CRC-32 of its bytes, CLEAR or EVICT. */
   #pending = new Map<number, number>();
   #flushing: Promise<void> | undefined;
-  #entriesFailed = false;
+  /** Why entries could not be written the last time. */
+  #entriesFailed: Error | undefined;
   #written = false;
 
   private constructor(file: LocalFile, options: SpanMapOptions, spanCount: number) {
@@ -97,7 +112,7 @@ export class SpanMap {
     this.spanCount = spanCount;
     this.#seed = encodeHeader(options).readUInt32LE(HEADER.checksum.at);
     this.#crcs = new Uint32Array(spanCount);
-    this.#marked = new Uint8Array(spanCount);
+    this.#known = new Uint8Array(spanCount);
   }
 
   /**
@@ -126,12 +141,17 @@ export class SpanMap {
   }
 
   isMarked(span: number): boolean {
-    return this.#marked[span] === 1;
+    return this.#known[span] === Known.Marked;
   }
 
   /** CRC-32 that the bytes of a marked span had when they were written. */
   crc(span: number): number {
     return this.#crcs[span] ?? 0;
+  }
+
+  /** CRC-32 of the bytes that an evicted span had; undefined for all others. */
+  evictedCrc(span: number): number | undefined {
+    return this.#known[span] === Known.Evicted ? this.#crcs[span] : undefined;
   }
 
   /** The bytes of the span have been written to the data file (not yet flushed). */
@@ -142,12 +162,31 @@ export class SpanMap {
 
   /** The span is not to be trusted any more; takes effect at once here, soon in the file. */
   clear(span: number): void {
-    if (this.#marked[span] === 1) {
-      this.#marked[span] = 0;
-      this.#markedCount--;
-    }
+    this.#unmark(span, Known.Nothing);
     this.#pending.set(span, CLEAR);
     this.#wake();
+  }
+
+  /**
+   * The spans' bytes are about to be let go of. At once they are not trusted here any more; when the promise resolves, nor
+   * are they in the file after a crash at any moment.
+   *
+   * @throws the error of the system call that failed; the bytes must then stay
+   */
+  async evict(spans: readonly number[]): Promise<void> {
+    for (const span of spans) {
+      // One that was written and not yet marked: nothing was promised of it.
+      if (this.isMarked(span)) {
+        this.#unmark(span, Known.Evicted);
+        this.#pending.set(span, EVICT);
+      } else {
+        this.clear(span);
+      }
+    }
+    this.#wake();
+    await this.#flushing;
+    if (this.#entriesFailed !== undefined) throw this.#entriesFailed;
+    await this.#file.sync();
   }
 
   /** Resolves when everything marked or cleared before the call is settled: durable, lost, or failed. */
@@ -167,6 +206,11 @@ export class SpanMap {
     await this.#file.close();
   }
 
+  #unmark(span: number, known: Known): void {
+    if (this.isMarked(span)) this.#markedCount--;
+    this.#known[span] = known;
+  }
+
   #wake(): void {
     this.#flushing ??= this.#flush();
   }
@@ -181,7 +225,7 @@ export class SpanMap {
   async #flushOnce(): Promise<boolean> {
     const batch = this.#pending;
     this.#pending = new Map();
-    const marks = [...batch.keys()].filter((span) => batch.get(span) !== CLEAR);
+    const marks = [...batch.keys()].filter((span) => (batch.get(span) ?? CLEAR) >= 0);
     if (marks.length > 0) {
       try {
         await this.#options.syncData();
@@ -206,7 +250,9 @@ export class SpanMap {
         const entries = Buffer.alloc((to - from) * ENTRY.size);
         for (let span = first; span < first + to - from; span++) {
           const crc = batch.get(span) ?? CLEAR;
-          if (crc !== CLEAR) this.#encodeEntry(entries, (span - first) * ENTRY.size, span, crc);
+          const at = (span - first) * ENTRY.size;
+          if (crc >= 0) this.#encodeEntry(entries, at, span, ENTRY.marker.value, crc);
+          else if (crc === EVICT) this.#encodeEntry(entries, at, span, ENTRY.marker.evicted, this.crc(span));
         }
         this.#written = true;
         await this.#file.write(entries, HEADER.size + first * ENTRY.size);
@@ -214,30 +260,30 @@ export class SpanMap {
       }
     } catch (error) {
       for (const [span, crc] of batch) if (!this.#pending.has(span)) this.#pending.set(span, crc);
-      if (!this.#entriesFailed) {
+      if (this.#entriesFailed === undefined) {
         const { path } = this.#options;
         this.#options.log.warn(
           { path, err: error },
           'span map cannot be written; spans will be fetched again',
         );
       }
-      this.#entriesFailed = true;
+      this.#entriesFailed = error instanceof Error ? error : new Error(String(error));
       return false;
     }
-    this.#entriesFailed = false;
+    this.#entriesFailed = undefined;
     const durable: number[] = [];
     for (const [span, crc] of batch) {
-      if (crc === CLEAR || this.#pending.get(span) === CLEAR) continue;
-      this.#set(span, crc);
+      if (crc < 0 || (this.#pending.get(span) ?? 0) < 0) continue;
+      this.#set(span, Known.Marked, crc);
       durable.push(span);
     }
     if (durable.length > 0) this.#options.onDurable?.(durable);
     return true;
   }
 
-  #set(span: number, crc: number): void {
-    if (this.#marked[span] !== 1) this.#markedCount++;
-    this.#marked[span] = 1;
+  #set(span: number, known: Known, crc: number): void {
+    if (known === Known.Marked && !this.isMarked(span)) this.#markedCount++;
+    this.#known[span] = known;
     this.#crcs[span] = crc;
   }
 
@@ -265,9 +311,9 @@ export class SpanMap {
       const got = await this.#file.read(chunk.subarray(0, length), at);
       for (let entry = 0; entry + ENTRY.size <= got; entry += ENTRY.size, span++) {
         if (chunk.readUInt32LE(entry + ENTRY.marker.at) === 0) continue;
-        const crc = this.#decodeEntry(chunk, entry, span);
-        if (crc === undefined) torn++;
-        else this.#set(span, crc);
+        const known = this.#decodeEntry(chunk, entry, span);
+        if (known === Known.Nothing) torn++;
+        else this.#set(span, known, chunk.readUInt32LE(entry + ENTRY.crc.at));
       }
     }
     if (torn > 0) {
@@ -287,19 +333,20 @@ export class SpanMap {
     await this.#file.write(encodeHeader(this.#options), 0);
   }
 
-  #encodeEntry(into: Buffer, at: number, span: number, crc: number): void {
-    into.writeUInt32LE(ENTRY.marker.value, at + ENTRY.marker.at);
+  #encodeEntry(into: Buffer, at: number, span: number, marker: number, crc: number): void {
+    into.writeUInt32LE(marker, at + ENTRY.marker.at);
     into.writeUInt32LE(span, at + ENTRY.index.at);
     into.writeUInt32LE(crc, at + ENTRY.crc.at);
     into.writeUInt32LE(crc32(into.subarray(at, at + ENTRY.check.at), this.#seed), at + ENTRY.check.at);
   }
 
-  #decodeEntry(from: Buffer, at: number, span: number): number | undefined {
+  #decodeEntry(from: Buffer, at: number, span: number): Known {
+    const marker = from.readUInt32LE(at + ENTRY.marker.at);
     const right =
-      from.readUInt32LE(at + ENTRY.marker.at) === ENTRY.marker.value &&
       from.readUInt32LE(at + ENTRY.index.at) === span &&
       from.readUInt32LE(at + ENTRY.check.at) === crc32(from.subarray(at, at + ENTRY.check.at), this.#seed);
-    return right ? from.readUInt32LE(at + ENTRY.crc.at) : undefined;
+    if (right && marker === ENTRY.marker.value) return Known.Marked;
+    return right && marker === ENTRY.marker.evicted ? Known.Evicted : Known.Nothing;
   }
 }
 

@@ -1,15 +1,18 @@
 /**
  * The spans of a cache that are on their way: queued, requested from the stage below, being compared with their CRC-32,
- * or being written. One request for each span however many want it, adjacent missing spans in one request, what
- * readers wait for before what is only likely to be read.
+ * or being written. One request for each span however many want it, adjacent missing spans in one request (also of several
+ * readers, and of readahead behind what a reader waits for), what readers wait for before what is only likely to be read,
+ * and that before what nobody has asked for.
  *
  * A span goes this way: absent → pending (a request is queued or under way) → its bytes are in the request's buffer, and
  * all who wait have them → ready (in the file). From a request that fails, the spans that came before the failure stay.
  */
+import { crc32 } from 'node:zlib';
 import { LRUCache } from 'lru-cache';
 import type { Logger } from '../../daemon/log.js';
-import type { BlobReader, ReadError } from './blob-reader.js';
+import { type BlobReader, ReadError } from './blob-reader.js';
 import type { BufferPool, Urgency } from './buffer-pool.js';
+import type { FetchSlots, FetchUrgency } from './fetch-slots.js';
 import { SpanState, type SpanStore } from './span-store.js';
 
 export interface SpanRequestsOptions {
@@ -18,6 +21,8 @@ export interface SpanRequestsOptions {
   next: BlobReader;
   store: SpanStore;
   buffers: BufferPool;
+  /** Shared by all blobs of a host; undefined: no bound but that of the buffers. */
+  slots: FetchSlots | undefined;
   /** Bytes. */
   spanSize: number;
   /** Bytes of one request at most; at least one span is asked for. */
@@ -27,7 +32,7 @@ export interface SpanRequestsOptions {
   /** Bytes of memory for spans that the disk refused. */
   uncachedBytes: number;
   /** See CacheReaderOptions. */
-  verify: ((span: number, bytes: Buffer) => void | Promise<void>) | undefined;
+  verify: ((span: number, bytes: Buffer) => boolean | Promise<boolean>) | undefined;
   log: Logger;
 }
 
@@ -56,6 +61,18 @@ interface SpanRange {
   end: number;
 }
 
+/** A download in the background: resolves with how many bytes came, when all that were missing have. */
+interface Fill {
+  first: number;
+  readonly end: number;
+  fetched: number;
+  readonly resolve: (fetched: number) => void;
+  readonly reject: (error: unknown) => void;
+}
+
+/** How often a span is asked for whose bytes are not the right ones. */
+const VERIFY_ATTEMPTS = 3;
+
 /** Hints kept; the oldest are forgotten. */
 const MAX_HINTS = 64;
 
@@ -78,7 +95,11 @@ export class SpanRequests {
   readonly #wanted: SpanRange[] = [];
   /** Hints, the newest last; a span of theirs is pending only when its request begins. */
   readonly #hints: SpanRange[] = [];
+  /** Downloads in the background, the oldest first. */
+  readonly #fills: Fill[] = [];
   #backgroundUnderWay = 0;
+  #startQueued = false;
+  #filling = false;
   /** Spans that the disk refused. */
   readonly #uncached: LRUCache<number, Buffer>;
   readonly #underWay = new Set<Promise<void>>();
@@ -115,7 +136,7 @@ export class SpanRequests {
 
   /**
    * Copies `length` bytes at `from` of a span that is not ready to `target` at `at`, once they are here. What has to be
-   * done for it is only queued: call `start` when all parts of a read are, so that adjacent spans become one request.
+   * done for it begins when those who ask in the same step have: adjacent spans become one request.
    */
   copy(span: number, target: Buffer, at: number, from: number, length: number): Promise<void> {
     const pending = this.#pending.get(span);
@@ -136,9 +157,24 @@ export class SpanRequests {
     if (this.#store.suspended) return;
     while (first < end && !this.#lacks(first)) first++;
     if (first >= end) return;
-    this.#hints.push({ first, end });
+    const last = this.#hints.at(-1);
+    if (last?.end === first) last.end = end;
+    else this.#hints.push({ first, end });
     if (this.#hints.length > MAX_HINTS) this.#hints.shift();
-    this.start();
+    this.#startSoon();
+  }
+
+  /**
+   * Fetches what is missing of spans [first, end) when there is nothing more urgent, one request at a time.
+   *
+   * @returns bytes that came for it
+   * @throws {ReadError} of the request that failed; what came before is kept
+   */
+  fill(first: number, end: number): Promise<number> {
+    return new Promise((resolve, reject) => {
+      this.#fills.push({ first, end, fetched: 0, resolve, reject });
+      this.start();
+    });
   }
 
   /** Forgets the spans that are in memory only, and keeps none of those under way. */
@@ -151,6 +187,8 @@ export class SpanRequests {
   async close(error: ReadError): Promise<void> {
     this.#closed = true;
     this.#buffers.forget(this.start);
+    this.#options.slots?.forget(this.start);
+    for (const fill of this.#fills.splice(0)) fill.reject(error);
     this.#checks.length = this.#wanted.length = this.#hints.length = 0;
     for (const { waiters } of this.#pending.values()) for (const waiter of waiters) waiter.reject(error);
     this.#pending.clear();
@@ -176,21 +214,41 @@ export class SpanRequests {
 
   /** Makes an absent or unchecked span pending, and queues what gets its bytes. */
   #queue(span: number): PendingSpan {
-    const pending: PendingSpan = { bytes: undefined, waiters: [], forgotten: false };
+    const pending = newPending();
     this.#pending.set(span, pending);
-    if (this.#store.state(span) === SpanState.Unchecked) this.#checks.push(span);
-    else this.#want(span);
+    if (this.#store.state(span) !== SpanState.Unchecked) this.#want(span);
+    else {
+      this.#checks.push(span);
+      this.#startSoon();
+    }
     return pending;
   }
 
-  /** Queues the fetch of a pending span, with the range before it when that ends there. */
+  /** Queues the fetch of a pending span, with the ranges before and behind it when they end or begin there. */
   #want(span: number): void {
-    const last = this.#wanted.at(-1);
-    if (last?.end === span && last.end - last.first < this.#rangeSpans) last.end++;
-    else this.#wanted.push({ first: span, end: span + 1 });
+    let range = this.#wanted.find(({ first, end }) => end === span && end - first < this.#rangeSpans);
+    if (range === undefined) {
+      range = { first: span, end: span };
+      this.#wanted.push(range);
+    }
+    range.end++;
+    const { first, end } = range;
+    const behind = this.#wanted.findIndex((one) => one.first === end && one.end - first <= this.#rangeSpans);
+    for (const joined of behind < 0 ? [] : this.#wanted.splice(behind, 1)) range.end = joined.end;
+    this.#startSoon();
   }
 
-  /** Starts what is queued, as far as there is memory: local checks, then what readers wait for, then hints. */
+  /** Starts what is queued when this step of the program has ended: what it asks for besides may be adjacent. */
+  #startSoon(): void {
+    if (this.#startQueued) return;
+    this.#startQueued = true;
+    queueMicrotask(() => {
+      this.#startQueued = false;
+      this.start();
+    });
+  }
+
+  /** Starts what is queued, as far as there are memory and connections: local checks, what readers wait for, hints, the rest. */
   readonly start = (): void => {
     if (this.#closed) return;
     for (let span = this.#checks[0]; span !== undefined; span = this.#checks[0]) {
@@ -200,15 +258,44 @@ export class SpanRequests {
       this.#track(this.#check(span, buffer));
     }
     for (let range = this.#wanted[0]; range !== undefined; range = this.#wanted[0]) {
-      const buffer = this.#take(this.#rangeLength(range), 'wanted');
-      if (buffer === undefined) return;
+      if (!this.#connect('wanted')) return;
+      const asked = range.end;
+      this.#extend(range);
+      let buffer = this.#buffers.take(this.#rangeLength(range), 'wanted');
+      if (buffer === undefined && range.end > asked) {
+        range.end = asked;
+        buffer = this.#buffers.take(this.#rangeLength(range), 'wanted');
+      }
+      if (buffer === undefined) {
+        this.#disconnect();
+        this.#buffers.whenReleased('wanted', this.start);
+        return;
+      }
       this.#wanted.shift();
+      for (let span = asked; span < range.end; span++) this.#pending.set(span, newPending());
       this.#track(this.#fetch(range, buffer));
     }
-    while (this.#backgroundUnderWay < this.#options.maxBackgroundRequests) if (!this.#startHint()) return;
+    while (this.#backgroundUnderWay < this.#options.maxBackgroundRequests && this.#startHint());
+    this.#startFill();
   };
 
-  /** Starts one request of the newest hint. @returns false when there is none, or no memory for it */
+  /** Takes readahead that begins where the range ends along with it: its bytes come behind those that are waited for. */
+  #extend(range: SpanRange): void {
+    const most = range.first + this.#rangeSpans;
+    while (
+      range.end < most &&
+      this.#fetchable(range.end) &&
+      this.#hints.some(({ first, end }) => first <= range.end && range.end < end)
+    ) {
+      range.end++;
+    }
+  }
+
+  #fetchable(span: number): boolean {
+    return this.#lacks(span) && this.#store.state(span) === SpanState.Absent;
+  }
+
+  /** Starts one request of the newest hint. @returns false when there is none, or no memory or connection for it */
   #startHint(): boolean {
     const hint = this.#hints.at(-1);
     if (hint === undefined) return false;
@@ -218,18 +305,29 @@ export class SpanRequests {
       return true;
     }
     const range = { first: hint.first, end: hint.first + 1 };
-    const state = this.#store.state(range.first);
-    const most = Math.min(hint.end, range.first + (state === SpanState.Absent ? this.#rangeSpans : 1));
-    while (range.end < most && this.#lacks(range.end) && this.#store.state(range.end) === state) range.end++;
-    const buffer = this.#take(this.#rangeLength(range), 'background');
-    if (buffer === undefined) return false;
-    for (let span = range.first; span < range.end; span++) {
-      this.#pending.set(span, { bytes: undefined, waiters: [], forgotten: false });
+    const unchecked = this.#store.state(range.first) === SpanState.Unchecked;
+    while (
+      !unchecked &&
+      range.end - range.first < this.#rangeSpans &&
+      range.end < hint.end &&
+      this.#fetchable(range.end)
+    ) {
+      range.end++;
     }
+    if (!unchecked && !this.#connect('readahead')) return false;
+    const buffer = this.#take(this.#rangeLength(range), 'background');
+    if (buffer === undefined) {
+      if (!unchecked) this.#disconnect();
+      return false;
+    }
+    for (let span = range.first; span < range.end; span++) this.#pending.set(span, newPending());
     hint.first = range.end;
     this.#backgroundUnderWay++;
-    const request =
-      state === SpanState.Unchecked ? this.#check(range.first, buffer) : this.#fetch(range, buffer, hint);
+    const failed = (error: unknown): void => {
+      hint.first = hint.end;
+      this.#options.log.debug({ blob: this.#options.name, ...range, err: error }, 'readahead failed');
+    };
+    const request = unchecked ? this.#check(range.first, buffer) : this.#fetch(range, buffer, failed);
     this.#track(
       request.finally(() => {
         this.#backgroundUnderWay--;
@@ -237,6 +335,56 @@ export class SpanRequests {
       }),
     );
     return true;
+  }
+
+  /** Starts the next request of the oldest download, unless one is under way. */
+  #startFill(): void {
+    const fill = this.#fills[0];
+    if (fill === undefined || this.#filling) return;
+    // What is on its way for a reader, or cannot be kept, is passed over: whoever downloads looks again.
+    while (fill.first < fill.end && !this.#fetchable(fill.first)) fill.first++;
+    if (fill.first >= fill.end) {
+      this.#fills.shift();
+      fill.resolve(fill.fetched);
+      this.#startFill();
+      return;
+    }
+    const range = { first: fill.first, end: fill.first + 1 };
+    while (range.end - range.first < this.#rangeSpans && range.end < fill.end && this.#fetchable(range.end))
+      range.end++;
+    if (!this.#connect('background')) return;
+    const buffer = this.#take(this.#rangeLength(range), 'background');
+    if (buffer === undefined) {
+      this.#disconnect();
+      return;
+    }
+    for (let span = range.first; span < range.end; span++) this.#pending.set(span, newPending());
+    fill.first = range.end;
+    this.#filling = true;
+    let failure: unknown;
+    const request = this.#fetch(range, buffer, (error) => (failure ??= error));
+    this.#track(
+      request.finally(() => {
+        this.#filling = false;
+        fill.fetched += this.#rangeLength(range);
+        if (failure !== undefined && this.#fills[0] === fill) {
+          this.#fills.shift();
+          fill.reject(failure);
+        }
+        this.start();
+      }),
+    );
+  }
+
+  #connect(urgency: FetchUrgency): boolean {
+    const { slots } = this.#options;
+    if (slots === undefined || slots.take(this, urgency)) return true;
+    slots.whenReleased(urgency, this.start);
+    return false;
+  }
+
+  #disconnect(): void {
+    this.#options.slots?.release(this);
   }
 
   #take(length: number, urgency: Urgency): Buffer | undefined {
@@ -274,11 +422,11 @@ export class SpanRequests {
   }
 
   /**
-   * Fetches a range whose spans are pending. Never rejects.
+   * Fetches a range whose spans are pending, with a connection that has been taken. Never rejects.
    *
-   * @param hint what asked for it, when no reader did; forgotten when the request fails
+   * @param failed is told why when the request fails, or when its bytes are not the right ones
    */
-  async #fetch(range: SpanRange, buffer: Buffer, hint?: SpanRange): Promise<void> {
+  async #fetch(range: SpanRange, buffer: Buffer, failed?: (error: unknown) => void): Promise<void> {
     const offset = range.first * this.#spanSize;
     const bytes = buffer.subarray(0, this.#rangeLength(range));
     const kept: Promise<void>[] = [];
@@ -292,7 +440,7 @@ export class SpanRequests {
         const from = span * this.#spanSize - offset;
         const to = from + this.#store.spanLength(span);
         if (to > filled) return;
-        kept.push(this.#keep(span, bytes.subarray(from, to)));
+        kept.push(this.#keep(span, bytes.subarray(from, to), failed));
       }
     };
     this.requests++;
@@ -301,26 +449,24 @@ export class SpanRequests {
       arrived(bytes.length);
     } catch (error) {
       for (; span < range.end; span++) this.#fail(span, error);
-      if (hint !== undefined) {
-        hint.first = hint.end;
-        this.#options.log.debug(
-          { blob: this.#options.name, offset, length: bytes.length, err: error },
-          'readahead failed',
-        );
-      }
+      failed?.(error);
     }
+    // What the disk is doing takes no connection.
+    this.#disconnect();
     await Promise.all(kept);
     this.#buffers.release(buffer);
   }
 
   /** Hands a span that has come to all who wait for it, then to the disk. Never rejects. */
-  async #keep(span: number, bytes: Buffer): Promise<void> {
+  async #keep(span: number, bytes: Buffer, failed?: (error: unknown) => void): Promise<void> {
     if (this.#closed) return;
     try {
-      const verified = this.#options.verify?.(span, bytes);
-      if (verified !== undefined) await verified;
+      if (this.#options.verify !== undefined || this.#store.evictedCrc(span) !== undefined) {
+        await this.#verify(span, bytes);
+      }
     } catch (error) {
       this.#fail(span, error);
+      failed?.(error);
       return;
     }
     const pending = this.#pending.get(span);
@@ -331,6 +477,47 @@ export class SpanRequests {
     if (stored) this.#uncached.clear();
     else if (!this.#closed && !pending.forgotten) this.#uncached.set(span, Buffer.from(bytes));
     this.#pending.delete(span);
+  }
+
+  /**
+   * Compares a span with what is known of it, and asks for it again when it differs: something on the way may have garbled it.
+   *
+   * @throws {ReadError} `corrupt`
+   */
+  async #verify(span: number, bytes: Buffer): Promise<void> {
+    const offset = span * this.#spanSize;
+    for (let attempt = 1; ; attempt++) {
+      try {
+        const proven = (await this.#options.verify?.(span, bytes)) ?? false;
+        if (!proven) this.#compareWithEvicted(span, bytes);
+        return;
+      } catch (error) {
+        if (!(error instanceof ReadError) || error.kind !== 'corrupt') throw error;
+        const { name, log } = this.#options;
+        log.warn(
+          { blob: name, span, offset, attempt, reason: error.message },
+          'wrong bytes came; they are not used',
+        );
+        if (attempt === VERIFY_ATTEMPTS || this.#closed) throw error;
+        this.requests++;
+        await this.#next.read(bytes, offset);
+        this.fetchedBytes += bytes.length;
+      }
+    }
+  }
+
+  /** Bytes that were here before and come again are the same ones. */
+  #compareWithEvicted(span: number, bytes: Buffer): void {
+    const before = this.#store.evictedCrc(span);
+    if (before === undefined) return;
+    const now = crc32(bytes);
+    if (now === before) return;
+    const place = `span ${span}, ${bytes.length} bytes at ${span * this.#spanSize}`;
+    throw new ReadError(
+      'corrupt',
+      `${this.#options.name}: ${place}: the registry sends other bytes than before (CRC-32 ${hex(now)}, was ${hex(before)}); ` +
+        'one of the two is not what the digest names',
+    );
   }
 
   #deliver(pending: PendingSpan, bytes: Buffer): void {
@@ -347,3 +534,9 @@ export class SpanRequests {
     for (const { reject } of pending?.waiters ?? []) reject(error);
   }
 }
+
+function newPending(): PendingSpan {
+  return { bytes: undefined, waiters: [], forgotten: false };
+}
+
+const hex = (crc: number): string => crc.toString(16).padStart(8, '0');

@@ -6,10 +6,13 @@
  * is not the reader's: a span that cannot be kept is simply not there, and is fetched again when it is wanted.
  *
  * Two stores may be open on the same files (a process that is ending, and its successor): both write the same bytes,
- * and what one overwrites of the other's map costs a fetch, never a wrong byte.
+ * and what one overwrites of the other's map costs a fetch, never a wrong byte. Each holds a shared lock of the data file.
+ * Bytes are evicted only by who has that lock alone, so that nobody else believes them to be there; and of a span that is
+ * evicted, reads that have begun end first, reads and writes that come wait for it to be gone.
  */
-import { mkdir } from 'node:fs/promises';
+import { mkdir, stat, utimes } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
+import { setTimeout as delay } from 'node:timers/promises';
 import { crc32 } from 'node:zlib';
 import type { Logger } from '../../daemon/log.js';
 import { LocalFile, READ_WRITE_CREATE } from './local-file.js';
@@ -28,7 +31,24 @@ export interface SpanStoreOptions {
   diskRetryMs: number;
   /** Every span's bytes are on the disk and marked. */
   onComplete?: () => void;
+  /** Who watches over the space that all stores take together. */
+  space?: SpaceKeeper;
   log: Logger;
+}
+
+/** What a store asks before it takes space, and tells when it has. */
+export interface SpaceKeeper {
+  /** False when so many bytes more would be too many. */
+  admits(bytes: number): boolean;
+  /** So many bytes were written; `full`: the disk had no room for them. */
+  wrote(bytes: number, full?: boolean): void;
+  /** The store holds spans that can be evicted, until the function that is returned is called. */
+  add(store: SpanStore): () => void;
+}
+
+/** Seconds on a clock that never goes back, from 1 on. */
+export function clockSeconds(): number {
+  return 1 + Math.floor(performance.now() / 1000);
 }
 
 /** What the store has of a span. */
@@ -48,6 +68,13 @@ export class SpanStore {
   damagedSpans = 0;
   readonly #options: SpanStoreOptions;
   readonly #states: Uint8Array;
+  /** When each span was last read or written, by `clockSeconds`; 0: not in this process. */
+  readonly #used: Uint32Array;
+  /** Reads of the file under way, as spans [first, end). */
+  readonly #reading = new Set<{ first: number; end: number; done: Promise<unknown> }>();
+  /** Spans that are being evicted: resolves when they are gone. */
+  readonly #evicting = new Map<number, Promise<void>>();
+  #forgetSpace: (() => void) | undefined;
   #data: LocalFile | undefined;
   #map: SpanMap | undefined;
   #cachedBytes = 0;
@@ -61,6 +88,7 @@ export class SpanStore {
     this.#options = options;
     this.spanCount = spanCount;
     this.#states = new Uint8Array(spanCount);
+    this.#used = new Uint32Array(spanCount);
   }
 
   /**
@@ -80,6 +108,7 @@ export class SpanStore {
       store.#data = undefined;
       store.#diskFailed('opening the cache files', error);
     }
+    if (store.#data !== undefined) store.#forgetSpace = options.space?.add(store);
     return store;
   }
 
@@ -93,9 +122,17 @@ export class SpanStore {
     return this.#map !== undefined && this.#map.markedCount === this.spanCount;
   }
 
-  /** True while nothing is written because the disk has refused. */
+  /** True while nothing is written because the disk has refused, or has no room for us. */
   get suspended(): boolean {
-    return this.#data === undefined || (this.#suspended && Date.now() < this.#suspendedUntil);
+    return (
+      this.#data === undefined ||
+      (this.#suspended && Date.now() < this.#suspendedUntil) ||
+      this.#options.space?.admits(this.#options.spanSize) === false
+    );
+  }
+
+  get digest(): string {
+    return this.#options.digest;
   }
 
   state(span: number): SpanState {
@@ -110,10 +147,29 @@ export class SpanStore {
   ready(offset: number, length: number): boolean {
     const { spanSize } = this.#options;
     const last = Math.floor((offset + length - 1) / spanSize);
+    const now = clockSeconds();
     for (let span = Math.floor(offset / spanSize); span <= last; span++) {
       if (this.#states[span] !== SpanState.Ready) return false;
+      this.#used[span] = now;
     }
     return true;
+  }
+
+  /** Seconds since each span that could be evicted was last used; Infinity: not in this process. */
+  age(span: number, now: number): number | undefined {
+    if (this.#states[span] === SpanState.Absent) return undefined;
+    const used = this.#used[span] ?? 0;
+    return used === 0 ? Infinity : now - used;
+  }
+
+  /** The CRC-32 that the bytes of a span had which is not there any more; undefined when nobody knows. */
+  evictedCrc(span: number): number | undefined {
+    return this.#map?.evictedCrc(span);
+  }
+
+  /** The CRC-32 that the bytes of a span in the file must have. */
+  markedCrc(span: number): number | undefined {
+    return this.#map?.isMarked(span) === true ? this.#map.crc(span) : undefined;
   }
 
   /** Fills `target` when its spans are ready and its bytes in the page cache. Never waits. */
@@ -130,8 +186,12 @@ export class SpanStore {
    */
   async read(target: Buffer, offset: number): Promise<boolean> {
     let reason: unknown = 'the cache file is closed';
+    const { spanSize } = this.#options;
+    const first = Math.floor(offset / spanSize);
+    const last = Math.floor((offset + target.length - 1) / spanSize);
+    this.#used.fill(clockSeconds(), first, last + 1);
     try {
-      const count = await this.#data?.read(target, offset);
+      const count = await this.#whileReading(first, last + 1, this.#data?.read(target, offset));
       if (count === target.length) return true;
       if (count !== undefined) reason = `the cache file ends at ${offset + count}`;
     } catch (error) {
@@ -139,9 +199,7 @@ export class SpanStore {
       // A read that is still under way when the store is closed says nothing about the disk.
       if (!this.#closed) this.#diskFailed(`reading ${target.length} bytes at ${offset}`, error);
     }
-    const { spanSize } = this.#options;
-    const last = Math.floor((offset + target.length - 1) / spanSize);
-    for (let span = Math.floor(offset / spanSize); span <= last; span++) this.#damaged(span, { err: reason });
+    for (let span = first; span <= last; span++) this.#damaged(span, { err: reason });
     return false;
   }
 
@@ -173,12 +231,15 @@ export class SpanStore {
     if (this.suspended) return false;
     const crc = crc32(bytes);
     const generation = this.#generation;
+    await this.#evicting.get(span);
     try {
       await this.#data.write(bytes, span * this.#options.spanSize);
     } catch (error) {
       this.#diskFailed(`writing ${bytes.length} bytes at ${span * this.#options.spanSize}`, error);
       return false;
     }
+    this.#options.space?.wrote(bytes.length);
+    this.#used[span] = clockSeconds();
     if (this.#suspended) {
       this.#suspended = false;
       this.#options.log.info({ digest: this.#options.digest }, 'cache disk works again');
@@ -194,6 +255,90 @@ export class SpanStore {
   forget(): void {
     this.#generation++;
     for (let span = 0; span < this.spanCount; span++) this.drop(span);
+  }
+
+  /**
+   * Lets go of spans, unless somebody else has the blob open. Those that are not there are passed over.
+   *
+   * @returns bytes given back to the file system
+   * @throws the error of the system call that failed; the spans are then fetched again, and may still take space
+   */
+  async evict(spans: readonly number[]): Promise<number> {
+    const [data, map] = [this.#data, this.#map];
+    if (data === undefined || map === undefined || this.#closed || !data.lock('alone')) {
+      this.#keepLock();
+      return 0;
+    }
+    const { promise, resolve } = promiseWithResolver();
+    // From here on no reader takes these for ready, and nobody writes them.
+    const going = spans.filter((span) => this.state(span) !== SpanState.Absent && !this.#evicting.has(span));
+    let bytes = 0;
+    const before = going.map((span) => [this.state(span), this.markedCrc(span)] as const);
+    for (const span of going) {
+      this.#evicting.set(span, promise);
+      this.#states[span] = SpanState.Absent;
+      bytes += this.spanLength(span);
+    }
+    this.#cachedBytes -= bytes;
+    try {
+      await this.#readsOf(going);
+      try {
+        await map.evict(going);
+      } catch (error) {
+        // They are where they were.
+        before.forEach(([state, crc], index) => {
+          const span = going[index] ?? 0;
+          if (crc === undefined) return; // not marked yet: it is fetched again
+          this.#states[span] = state;
+          this.#cachedBytes += this.spanLength(span);
+          map.mark(span, crc);
+        });
+        throw error;
+      }
+      for (const [first, end] of runs(going)) {
+        const from = first * this.#options.spanSize;
+        await data.punchHole(from, Math.min(end * this.#options.spanSize, this.#options.size) - from);
+      }
+      return bytes;
+    } finally {
+      for (const span of going) this.#evicting.delete(span);
+      resolve();
+      this.#keepLock();
+    }
+  }
+
+  /** Takes the shared lock again. Without it, another process might evict what is believed to be here. */
+  #keepLock(): void {
+    const data = this.#data;
+    if (this.#closed || data === undefined || data.lock('shared')) return;
+    this.#options.log.error(
+      { digest: this.#options.digest },
+      'the lock of the cache file is lost; reads go on from the registry, uncached',
+    );
+    this.forget();
+    this.#data = undefined;
+    void data.close().catch(() => undefined);
+  }
+
+  async #whileReading<T>(first: number, end: number, work: Promise<T> | undefined): Promise<T | undefined> {
+    if (work === undefined) return undefined;
+    const read = { first, end, done: work };
+    this.#reading.add(read);
+    try {
+      return await work;
+    } finally {
+      this.#reading.delete(read);
+    }
+  }
+
+  /** Waits for reads that have begun before. */
+  async #readsOf(spans: readonly number[]): Promise<void> {
+    const of = new Set(spans);
+    const reads = [...this.#reading].filter(({ first, end }) => {
+      for (let span = first; span < end; span++) if (of.has(span)) return true;
+      return false;
+    });
+    await Promise.allSettled(reads.map(({ done }) => done));
   }
 
   /** Trusts the span no more. */
@@ -212,14 +357,19 @@ export class SpanStore {
   /** Waits until what was written is durable and marked. Nothing may be under way. */
   async close(): Promise<void> {
     this.#closed = true;
+    this.#forgetSpace?.();
+    await Promise.all(this.#evicting.values());
     await this.#map?.close();
+    const [, map] = cachePaths(this.#options.dir, this.#options.digest);
+    // What tells, later, how long nobody has used the blob.
+    if (this.#map !== undefined) await utimes(map, new Date(), new Date()).catch(() => undefined);
     await this.#data?.close();
   }
 
   async #open(dataPath: string, mapPath: string): Promise<void> {
     const { digest, size: blobSize, spanSize, log, onComplete } = this.#options;
     await mkdir(dirname(dataPath), { recursive: true, mode: 0o700 });
-    const data = await LocalFile.open(dataPath, READ_WRITE_CREATE);
+    const data = await openLocked(dataPath);
     this.#data = data;
     const actualSize = await data.size();
     // Never made empty first: another store may be reading it.
@@ -265,6 +415,7 @@ export class SpanStore {
   #diskFailed(doing: string, error: unknown): void {
     const { digest, dir, diskRetryMs, log } = this.#options;
     this.diskFailures++;
+    if ((error as NodeJS.ErrnoException).code === 'ENOSPC') this.#options.space?.wrote(0, true);
     this.#suspendedUntil = Date.now() + diskRetryMs;
     if (this.#suspended) return;
     this.#suspended = true;
@@ -273,6 +424,53 @@ export class SpanStore {
       'cache disk fails; reads go on from the registry. Free space on it, or move the cache',
     );
   }
+}
+
+/** Milliseconds that an eviction may take which keeps us out of a file. */
+const LOCK_PATIENCE = 10_000;
+const LOCK_RETRY = 20;
+
+/**
+ * Opens a data file, or makes it, and takes its shared lock.
+ *
+ * @throws when it cannot be had: the error of open(2), or that somebody has it alone for too long
+ */
+async function openLocked(path: string): Promise<LocalFile> {
+  const deadline = performance.now() + LOCK_PATIENCE;
+  for (;;) {
+    const file = await LocalFile.open(path, READ_WRITE_CREATE);
+    try {
+      while (!file.lock('shared')) {
+        if (performance.now() > deadline)
+          throw new Error(`${path} has been locked for ${LOCK_PATIENCE / 1000} s`);
+        await delay(LOCK_RETRY);
+      }
+      // Whoever had the lock may have deleted the file.
+      const [mine, there] = await Promise.all([file.stat(), stat(path).catch(() => undefined)]);
+      if (there?.ino === mine.ino && there.dev === mine.dev) return file;
+    } catch (error) {
+      await file.close();
+      throw error;
+    }
+    await file.close();
+  }
+}
+
+/** Adjacent spans together, as [first, end). */
+function runs(spans: readonly number[]): [first: number, end: number][] {
+  const found: [number, number][] = [];
+  for (const span of [...spans].sort((a, b) => a - b)) {
+    const last = found.at(-1);
+    if (last?.[1] === span) last[1]++;
+    else found.push([span, span + 1]);
+  }
+  return found;
+}
+
+function promiseWithResolver(): { promise: Promise<void>; resolve: () => void } {
+  let resolve = (): void => undefined;
+  const promise = new Promise<void>((done) => (resolve = done));
+  return { promise, resolve };
 }
 
 /** A digest as the OCI image specification has it, with the hexadecimal text all registered algorithms have. */

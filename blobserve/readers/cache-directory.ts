@@ -1,0 +1,87 @@
+/**
+ * The cache's files as a whole: which blobs there are, what they take, and how one goes that nobody has open.
+ *
+ * A blob is a pair of files (span-store.ts). Half of a pair is an orphan: nothing in it can be trusted. Files with other
+ * names are not ours, and are left alone.
+ */
+import { constants, type Stats } from 'node:fs';
+import { readdir, rm, stat } from 'node:fs/promises';
+import path from 'node:path';
+import { LocalFile } from './local-file.js';
+
+/** A blob in the cache, or what is left of one. */
+export interface CachedFiles {
+  readonly digest: string;
+  /** Bytes on the disk, of both files. */
+  readonly bytes: number;
+  /** Milliseconds since 1970: when it was last closed, or marked a span. */
+  readonly usedMs: number;
+  /** One of its files is missing. */
+  readonly orphan: boolean;
+}
+
+const ALGORITHM = /^[a-z0-9]+(?:[+._-][a-z0-9]+)*$/;
+const FILE = /^([a-f0-9]{32,128})\.(data|map)$/;
+
+/** `stat` counts in these. */
+const BLOCK = 512;
+
+async function listing(directory: string): Promise<string[]> {
+  try {
+    return await readdir(directory);
+  } catch (error) {
+    const { code } = error as NodeJS.ErrnoException;
+    if (code === 'ENOENT' || code === 'ENOTDIR') return [];
+    throw error;
+  }
+}
+
+/**
+ * All blobs in the cache, one after the other, so that one thread at most waits for the disk.
+ *
+ * @param dir directory of all cache files
+ * @throws the error of the system call that failed
+ */
+export async function* cachedFiles(dir: string): AsyncGenerator<CachedFiles> {
+  for (const algorithm of (await listing(dir)).filter((name) => ALGORITHM.test(name))) {
+    const names = new Set(await listing(path.join(dir, algorithm)));
+    const blobs = new Set([...names].map((name) => FILE.exec(name)?.[1]).filter((hex) => hex !== undefined));
+    for (const hex of blobs) {
+      const of = async (ending: string): Promise<Stats | undefined> =>
+        names.has(`${hex}.${ending}`)
+          ? stat(path.join(dir, algorithm, `${hex}.${ending}`)).catch(() => undefined)
+          : undefined;
+      const [data, map] = [await of('data'), await of('map')];
+      if (data === undefined && map === undefined) continue; // gone meanwhile
+      yield {
+        digest: `${algorithm}:${hex}`,
+        bytes: ((data?.blocks ?? 0) + (map?.blocks ?? 0)) * BLOCK,
+        usedMs: (map ?? data)?.mtimeMs ?? 0,
+        orphan: data === undefined || map === undefined,
+      };
+    }
+  }
+}
+
+/**
+ * Deletes both files of a blob, unless somebody has it open. The map goes first: what a crash leaves between the two is an
+ * orphan.
+ *
+ * @param paths see cachePaths
+ * @returns false when it is in use
+ * @throws the error of the system call that failed
+ */
+export async function removeCached([data, map]: readonly [data: string, map: string]): Promise<boolean> {
+  // Also where only the map is left: the lock of the data file is what says whether somebody is about to use it.
+  const file = await LocalFile.open(data, constants.O_RDWR | constants.O_CREAT);
+  try {
+    if (!file.lock('alone')) return false;
+    const [mine, there] = await Promise.all([file.stat(), stat(data).catch(() => undefined)]);
+    if (there?.ino !== mine.ino || there.dev !== mine.dev) return false;
+    await rm(map, { force: true });
+    await rm(data, { force: true });
+    return true;
+  } finally {
+    await file.close();
+  }
+}

@@ -1,0 +1,226 @@
+/**
+ * The cache as a resource of the node: how much of the disk it may take, and what goes when that is too much. First the
+ * blobs that no layer uses, the one that was used least recently first; then spans of those that are in use, which are
+ * fetched again when somebody reads them. What is evicted, and how that loses nothing, is in span-store.ts.
+ *
+ * What the cache takes is measured now and then, and what was written since is added to it, so that a limit is kept at
+ * every moment: bytes that would go over it are served and not kept.
+ */
+import { mkdir, stat, statfs } from 'node:fs/promises';
+import path from 'node:path';
+import type { Logger } from '../../daemon/log.js';
+import { cachedFiles, type CachedFiles, removeCached } from './cache-directory.js';
+import { evictSpans } from './eviction.js';
+import { LocalFile, READ_WRITE_CREATE } from './local-file.js';
+import { cachePaths, type SpaceKeeper, type SpanStore } from './span-store.js';
+
+export interface CacheSpaceOptions {
+  /** Directory of all cache files; made when it is missing. */
+  dir: string;
+  /** Bytes of the disk that the cache may take; 0: as many as there are. */
+  maxBytes: number;
+  /** Bytes of the file system that stay free. */
+  minFreeBytes: number;
+  /** Milliseconds that a blob is kept which no layer uses. */
+  keepUnusedMs: number;
+  /** Milliseconds between two looks at the disk, when nothing asks for one before. Default 30 s. */
+  checkMs?: number;
+  /** Spans read within so many seconds are not evicted. Default 5. */
+  youngestSeconds?: number;
+  log: Logger;
+}
+
+/** What the disk looked like, and what has been written since. */
+interface Measure {
+  used: number;
+  free: number;
+  written: number;
+}
+
+/** Room is made in steps of an eighth of the limit, and of no more than this many bytes. */
+const STEP_MAX = 256 << 20;
+
+export class CacheSpace implements SpaceKeeper {
+  readonly #options: CacheSpaceOptions;
+  readonly #stores = new Set<SpanStore>();
+  readonly #step: number;
+  #measure: Measure | undefined;
+  #lock: LocalFile | undefined;
+  #timer: NodeJS.Timeout | undefined;
+  #passing: Promise<void> | undefined;
+  #again = false;
+  #exhausted = false;
+  #closed = false;
+
+  constructor(options: CacheSpaceOptions) {
+    this.#options = options;
+    const limit = options.maxBytes > 0 ? options.maxBytes : options.minFreeBytes;
+    this.#step = Math.min(STEP_MAX, Math.floor(limit / 8));
+  }
+
+  /** Begins to watch. Resolves after the first look, which has removed orphans. */
+  async start(): Promise<void> {
+    this.#timer = setInterval(() => void this.pass(), this.#options.checkMs ?? 30_000);
+    this.#timer.unref();
+    await this.pass();
+  }
+
+  add(store: SpanStore): () => void {
+    this.#stores.add(store);
+    return () => this.#stores.delete(store);
+  }
+
+  admits(bytes: number): boolean {
+    return this.room() >= bytes;
+  }
+
+  /** Bytes that fit below the limits now, before anything is evicted; Infinity without limits. May be negative. */
+  room(): number {
+    if (this.#measure === undefined) return Infinity;
+    const { used, free, written } = this.#measure;
+    const { maxBytes, minFreeBytes } = this.#options;
+    return Math.min(maxBytes > 0 ? maxBytes - used : Infinity, free - minFreeBytes) - written;
+  }
+
+  /** True when room is being made, or had to be: not the time to fetch what nobody has asked for. */
+  get scarce(): boolean {
+    return this.room() < 2 * this.#step;
+  }
+
+  wrote(bytes: number, full = false): void {
+    if (this.#measure === undefined) return;
+    this.#measure.written += bytes;
+    if (full)
+      this.#measure.free = Math.min(this.#measure.free, this.#options.minFreeBytes + this.#measure.written);
+    if (this.room() < this.#step) void this.pass();
+  }
+
+  /** Looks at the disk, and makes room when there is too little. Never rejects. */
+  async pass(): Promise<void> {
+    if (this.#passing !== undefined) {
+      this.#again = true;
+      return this.#passing;
+    }
+    this.#passing = this.#passes();
+    try {
+      await this.#passing;
+    } finally {
+      this.#passing = undefined;
+    }
+  }
+
+  async close(): Promise<void> {
+    this.#closed = true;
+    clearInterval(this.#timer);
+    await this.#passing;
+    await this.#lock?.close();
+  }
+
+  async #passes(): Promise<void> {
+    const { dir, log } = this.#options;
+    do {
+      this.#again = false;
+      try {
+        await this.#pass();
+      } catch (error) {
+        log.warn({ dir, err: error }, 'cannot look after the space of the cache; trying again later');
+        return;
+      }
+      // What was written while room was made may ask for more; when there was nothing to be had, not at once.
+    } while (this.#again && !this.#exhausted && !this.#closed && this.room() < this.#step);
+  }
+
+  async #pass(): Promise<void> {
+    const { dir, log } = this.#options;
+    await mkdir(dir, { recursive: true, mode: 0o700 });
+    const [mayRemove, blobs] = [await this.#mayRemove(), await this.#measured()];
+    if (this.#closed) return;
+    // Another process looks after it: one that ends, before us.
+    if (!mayRemove) return;
+    const [kept, expired] = this.#sort(blobs);
+    for (const blob of expired) await this.#remove(blob, blob.orphan ? 'orphan' : 'unused');
+    const before = this.room();
+    if (before >= this.#step) {
+      this.#exhausted = false;
+      return;
+    }
+    const wanted = 2 * this.#step - before;
+    let freed = await this.#removeUnused(kept, wanted);
+    if (freed < wanted && !this.#closed) {
+      const spans = await evictSpans([...this.#stores], wanted - freed, this.#options.youngestSeconds ?? 5);
+      if (this.#measure !== undefined) this.#measure.written -= spans;
+      if (spans > 0)
+        log.info({ dir, bytes: spans }, 'evicted spans of blobs in use, the least recently used');
+      freed += spans;
+    }
+    const exhausted = this.room() < 0;
+    if (exhausted && !this.#exhausted) {
+      const { used = 0, free = 0 } = this.#measure ?? {};
+      log.warn(
+        { dir, used, free, maxBytes: this.#options.maxBytes, minFree: this.#options.minFreeBytes },
+        'no room for the cache within cache.max_bytes and cache.min_free; reads go on from the registry, uncached',
+      );
+    }
+    this.#exhausted = exhausted;
+  }
+
+  /** One process at a time takes things away: it turns shared locks into locks alone, and back. */
+  async #mayRemove(): Promise<boolean> {
+    const file = path.join(this.#options.dir, 'lock');
+    if (this.#lock !== undefined) {
+      const [mine, there] = await Promise.all([this.#lock.stat(), stat(file).catch(() => undefined)]);
+      if (there?.ino === mine.ino) return true;
+      // The directory was emptied by hand.
+      await this.#lock.close();
+      this.#lock = undefined;
+    }
+    const lock = await LocalFile.open(file, READ_WRITE_CREATE);
+    if (lock.lock('alone')) this.#lock = lock;
+    else await lock.close();
+    return this.#lock !== undefined;
+  }
+
+  async #measured(): Promise<CachedFiles[]> {
+    const { dir } = this.#options;
+    // What is written while this looks is counted twice rather than not at all.
+    const before = this.#measure;
+    const earlier = before?.written ?? 0;
+    const blobs: CachedFiles[] = [];
+    for await (const blob of cachedFiles(dir)) blobs.push(blob);
+    const { bavail, bsize } = await statfs(dir);
+    const used = blobs.reduce((sum, { bytes }) => sum + bytes, 0);
+    this.#measure = { used, free: bavail * bsize, written: Math.max(0, (before?.written ?? 0) - earlier) };
+    return blobs;
+  }
+
+  #sort(blobs: readonly CachedFiles[]): [kept: CachedFiles[], expired: CachedFiles[]] {
+    const inUse = new Set([...this.#stores].map(({ digest }) => digest));
+    const unused = blobs.filter(({ digest }) => !inUse.has(digest)).sort((a, b) => a.usedMs - b.usedMs);
+    const limit = Date.now() - this.#options.keepUnusedMs;
+    const expired = unused.filter(({ orphan, usedMs }) => orphan || usedMs < limit);
+    return [unused.filter((blob) => !expired.includes(blob)), expired];
+  }
+
+  async #removeUnused(blobs: readonly CachedFiles[], wanted: number): Promise<number> {
+    let freed = 0;
+    for (const blob of blobs) {
+      if (freed >= wanted || this.#closed) break;
+      freed += await this.#remove(blob, 'least recently used');
+    }
+    return freed;
+  }
+
+  /** @returns bytes that are free now */
+  async #remove({ digest, bytes }: CachedFiles, reason: string): Promise<number> {
+    const { dir, log } = this.#options;
+    try {
+      if (!(await removeCached(cachePaths(dir, digest)))) return 0;
+    } catch (error) {
+      log.warn({ digest, err: error }, 'a blob of the cache cannot be deleted');
+      return 0;
+    }
+    if (this.#measure !== undefined) this.#measure.written -= bytes;
+    log.info({ digest, bytes, reason }, 'deleted a blob of the cache that no layer uses');
+    return bytes;
+  }
+}
