@@ -24,6 +24,8 @@ const descriptorSchema = z.object({
   /** Bytes. */
   size: z.number().int().min(0).max(Number.MAX_SAFE_INTEGER),
   annotations: z.record(z.string(), z.string()).optional(),
+  /** In lists of referrers: what the manifest is. */
+  artifactType: shortText.optional(),
 });
 const platformSchema = z.object({
   os: shortText,

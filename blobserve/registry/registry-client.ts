@@ -18,6 +18,7 @@ import {
   parseManifest,
   resolveManifest,
   verifyContent,
+  type Descriptor,
   type FetchedManifest,
   type ResolvedImage,
 } from './manifest.js';
@@ -77,6 +78,8 @@ const MAX_ERROR_BODY = 65_536;
 const MAX_LOCATIONS = 10_000;
 /** Answers to challenges in one request: a token that was over, and a few credentials. */
 const MAX_CHALLENGES = 8;
+/** What registries without the referrers API answer. */
+const NO_REFERRERS: ReadonlySet<number> = new Set([400, 404, 405]);
 /** How long an endpoint that others stand in for is not asked again for what it did not have, in milliseconds. */
 const LACKS_FOR = 30_000;
 
@@ -156,6 +159,50 @@ export class RegistryClient {
         throw this.#invalid(reference, object, error, response.url.host);
       }
     });
+  }
+
+  /**
+   * Manifests of a kind that refer to another one (distribution specification 1.1, "Listing Referrers"): from the API, or
+   * where a registry lacks it from the tag that stands in for it. One page is read, of at most 4096 entries.
+   *
+   * @param digest of the manifest that is referred to
+   * @throws {RegistryError}
+   */
+  async referrers(
+    reference: Reference,
+    digest: string,
+    artifactType: string,
+    signal?: AbortSignal,
+  ): Promise<readonly Descriptor[]> {
+    this.#checkDigest(reference, digest);
+    const object = `referrers of ${digest}`;
+    const request: RepositoryRequest = {
+      reference,
+      object,
+      path: `referrers/${digest}?artifactType=${encodeURIComponent(artifactType)}`,
+      capability: 'resolve',
+      headers: { accept: 'application/vnd.oci.image.index.v1+json', 'accept-encoding': 'identity' },
+      signal,
+    };
+    const list = await this.#fromAny(request, async (asked) => {
+      const response = await this.#get(request, asked);
+      const body = await this.#readBody(response, reference, object, MAX_MANIFEST_BYTES);
+      try {
+        return parseManifest(body, response.header('content-type'));
+      } catch (error) {
+        throw this.#invalid(reference, object, error, response.url.host);
+      }
+    }).catch(async (error: unknown) => {
+      if (!(error instanceof RegistryError) || !NO_REFERRERS.has(error.status ?? 0)) throw error;
+      const { host, repository } = reference;
+      const standIn = { host, repository, tag: digest.replace(':', '-') };
+      return this.fetchManifest(standIn, { signal }).catch((missing: unknown) => {
+        if (missing instanceof RegistryError && missing.status === 404) return undefined;
+        throw missing;
+      });
+    });
+    const entries = list?.kind === 'index' ? list.index.manifests : [];
+    return entries.filter((entry) => entry.artifactType === artifactType);
   }
 
   /**
