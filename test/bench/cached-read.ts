@@ -1,9 +1,12 @@
 /**
- * How fast a layer whose bytes are all at hand is read through EROFS on our FUSE server, next to the same image through a
- * loop device: every file of it, one after the other, by cat(1). The image is in the page cache both times, and what the
- * kernel keeps above it is cold: a fresh mount on a fresh loop device or a fresh layer in every round.
+ * How fast a layer whose bytes are all in the cache is read through EROFS on a device of ours, next to the same image
+ * through a loop device: every file of it, one after the other, by cat(1). The bytes are in the page cache both times, and
+ * what the kernel keeps above them is cold: a fresh mount on a fresh device in every round.
  *
- * Both images are made of some 150 MB of /usr/lib. Needs root, mkfs.erofs, losetup, and Linux >= 6.12 with EROFS.
+ *     npm run bench -- cached-read [ROUNDS [MEGABYTES]]         nbd where the kernel has it, FUSE otherwise
+ *     npm run bench -- cached-read --vm [ROUNDS [MEGABYTES]]    in the test machine, whose kernel has nbd
+ *
+ * The images are made of files of /usr/lib. Needs root, mkfs.erofs, losetup, and for FUSE Linux >= 6.12 with EROFS.
  */
 import { type ChildProcess, execFileSync, spawn } from 'node:child_process';
 import { once } from 'node:events';
@@ -14,43 +17,54 @@ import {
   mkdirSync,
   mkdtempSync,
   readdirSync,
+  readFileSync,
   rmSync,
-  statSync,
 } from 'node:fs';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { mountFuse, openFuse, unmountFuse } from '../../blobserve/attach/fuse-mount.js';
+import { mountFuse, openFuse, probeFuse, unmountFuse } from '../../blobserve/attach/fuse-mount.js';
+import { probeNbd } from '../../blobserve/attach/nbd-device.js';
 import { MS_RDONLY, mountSync, unmountSync } from '../../blobserve/linux/mount.js';
-import type { ServerAnswer, ServerCommand } from '../fuse-server-process.js';
+import { median } from './median.js';
+import type { LayerAnswer, LayerCommand } from './serve-layer.js';
 
 const SOURCE = '/usr/lib';
-const SOURCE_BYTES = 150e6;
 /** Files of all places, not only of the first directories. */
 const SOURCE_STRIDE = 11;
 const LARGEST_FILE = 16e6;
 
+/** What a device was asked for while all files were read, mounting included. */
+interface Requests {
+  readonly count: number;
+  /** Mean size in bytes. */
+  readonly bytes: number;
+}
+
 export interface CachedReadResult {
+  readonly attach: 'nbd' | 'fuse';
   readonly image: 'uncompressed' | 'lz4hc';
   /** Bytes of the files. */
   readonly bytes: number;
   /** Medians, in milliseconds for all files. */
   readonly loopMs: number;
-  readonly fuseMs: number;
-  /** Speed through FUSE in parts of that through the loop device. */
+  readonly oursMs: number;
+  /** Our speed in parts of that through the loop device. */
   readonly ratio: number;
+  readonly loopRequests: Requests;
+  readonly ourRequests: Requests;
   readonly rounds: number;
 }
 
 /** Copies files until there are enough of them. */
-function makeSource(directory: string): number {
+function makeSource(directory: string, wanted: number): number {
   let bytes = 0;
   let index = 0;
   const files = readdirSync(SOURCE, { recursive: true, withFileTypes: true })
     .filter((entry) => entry.isFile())
     .map((entry) => path.join(entry.parentPath, entry.name))
     .sort();
-  for (let place = 0; place < files.length && bytes < SOURCE_BYTES; place += SOURCE_STRIDE) {
+  for (let place = 0; place < files.length && bytes < wanted; place += SOURCE_STRIDE) {
     const file = files[place] ?? '';
     const { size } = lstatSync(file);
     if (size > LARGEST_FILE) continue;
@@ -74,19 +88,29 @@ async function readAll(directory: string): Promise<number> {
   return performance.now() - started;
 }
 
-class FuseProcess {
+/** Reads that a block device has completed so far, from <kernel>/Documentation/block/stat.rst. */
+function completedReads(device: string): { count: number; bytes: number } {
+  const [count = NaN, , sectors = NaN] = readFileSync(`/sys/block/${path.basename(device)}/stat`, 'utf8')
+    .trim()
+    .split(/\s+/)
+    .map(Number);
+  return { count, bytes: sectors * 512 };
+}
+
+/** The process of serve-layer.ts. */
+class LayerProcess {
   readonly #child: ChildProcess;
   #id = 0;
 
-  constructor(descriptor: number) {
-    const program = fileURLToPath(new URL('../fuse-server-process.js', import.meta.url));
-    this.#child = spawn(process.execPath, [program], {
-      stdio: ['ignore', 'inherit', 'inherit', descriptor, 'ipc'],
+  constructor(arguments_: string[], descriptor?: number) {
+    const program = fileURLToPath(new URL('./serve-layer.js', import.meta.url));
+    this.#child = spawn(process.execPath, [...profiling(), program, ...arguments_], {
+      stdio: ['ignore', 'inherit', 'inherit', descriptor ?? 'ignore', 'ipc'],
     });
   }
 
-  async send(command: ServerCommand): Promise<ServerAnswer> {
-    const answer = once(this.#child, 'message') as Promise<[ServerAnswer]>;
+  async send(command: LayerCommand): Promise<LayerAnswer> {
+    const answer = once(this.#child, 'message') as Promise<[LayerAnswer]>;
     this.#child.send({ id: ++this.#id, command });
     const [{ error, ...rest }] = await answer;
     if (error !== undefined) throw new Error(error);
@@ -94,63 +118,90 @@ class FuseProcess {
   }
 
   async end(): Promise<void> {
+    if (this.#child.exitCode !== null || this.#child.signalCode !== null) return;
     const exit = once(this.#child, 'exit');
-    this.#child.kill('SIGKILL');
+    this.#child.disconnect();
     await exit;
   }
 }
 
-function median(values: readonly number[]): number {
-  const sorted = [...values].sort((one, other) => one - other);
-  const middle = sorted.length >> 1;
-  const upper = sorted[middle] ?? NaN;
-  return sorted.length % 2 === 1 ? upper : (upper + (sorted[middle - 1] ?? NaN)) / 2;
+/** `BENCH_CPU_PROFILE=DIRECTORY` has the serving process write where its time goes. */
+function profiling(): string[] {
+  const directory = process.env['BENCH_CPU_PROFILE'];
+  return directory === undefined ? [] : ['--cpu-prof', `--cpu-prof-dir=${directory}`];
 }
 
-/** @param rounds of each way, interleaved, the first of them not counted */
-export async function cachedRead(rounds = 5): Promise<CachedReadResult[]> {
-  const work = mkdtempSync(path.join(tmpdir(), 'erofs-nbd-cached-read-'));
-  const [source, mountPoint, erofs] = ['source', 'fuse', 'erofs'].map((name) => path.join(work, name)) as [
-    string,
-    string,
-    string,
-  ];
-  for (const directory of [source, mountPoint, erofs]) mkdirSync(directory);
-  const bytes = makeSource(source);
-  const descriptor = openFuse();
-  const server = new FuseProcess(descriptor);
-  let layerId = 0;
+interface Read {
+  readonly ms: number;
+  readonly requests: Requests;
+}
 
-  const throughLoop = async (image: string): Promise<number> => {
-    const device = execFileSync('losetup', ['-f', '--show', '-r', image], { encoding: 'utf8' }).trim();
-    try {
-      mountSync(device, erofs, 'erofs', MS_RDONLY, '');
-      try {
-        return await readAll(erofs);
-      } finally {
-        unmountSync(erofs);
-      }
-    } finally {
-      execFileSync('losetup', ['-d', device]);
-    }
-  };
-  const throughFuse = async (image: string): Promise<number> => {
-    layerId++;
-    const { size } = statSync(image);
-    const identifier = `erofs-nbd:${layerId}`;
-    const { device } = await server.send({ do: 'attach', layerId, identifier, path: image, size, now: true });
-    mountSync(device?.path ?? '', erofs, 'erofs', MS_RDONLY, '');
-    try {
-      return await readAll(erofs);
-    } finally {
-      unmountSync(erofs);
-      await server.send({ do: 'detach', layerId });
-    }
-  };
-
+async function throughLoop(image: string, mountPoint: string): Promise<Read> {
+  const device = execFileSync('losetup', ['-f', '--show', '-r', image], { encoding: 'utf8' }).trim();
   try {
-    await server.send({ do: 'serve', mountPoint });
-    await mountFuse(descriptor, mountPoint);
+    const before = completedReads(device);
+    mountSync(device, mountPoint, 'erofs', MS_RDONLY, '');
+    try {
+      const ms = await readAll(mountPoint);
+      const { count, bytes } = completedReads(device);
+      return { ms, requests: mean(count - before.count, bytes - before.bytes) };
+    } finally {
+      unmountSync(mountPoint);
+    }
+  } finally {
+    execFileSync('losetup', ['-d', device]);
+  }
+}
+
+async function throughOurs(
+  server: LayerProcess,
+  layerId: number,
+  image: string,
+  mountPoint: string,
+): Promise<Read> {
+  const { path: device = '' } = await server.send({ do: 'attach', layerId, image });
+  let ms = NaN;
+  try {
+    mountSync(device, mountPoint, 'erofs', MS_RDONLY, '');
+    try {
+      ms = await readAll(mountPoint);
+    } finally {
+      unmountSync(mountPoint);
+    }
+  } catch (error) {
+    await server.send({ do: 'detach', layerId });
+    throw error;
+  }
+  const { statistics } = await server.send({ do: 'detach', layerId });
+  if (statistics === undefined) throw new Error('the serving process tells nothing of its reads');
+  return { ms, requests: mean(statistics.reads, statistics.readBytes) };
+}
+
+function mean(count: number, bytes: number): Requests {
+  return { count, bytes: Math.round(bytes / count) };
+}
+
+/**
+ * @param attach how our device reaches the kernel
+ * @param rounds of each way, interleaved, the first of them not counted
+ * @param megabytes of files
+ */
+export async function cachedRead(
+  attach: 'nbd' | 'fuse',
+  rounds = 5,
+  megabytes = 150,
+): Promise<CachedReadResult[]> {
+  const work = mkdtempSync(path.join(tmpdir(), 'erofs-nbd-cached-read-'));
+  const [source, fuse, erofs, cache] = ['source', 'fuse', 'erofs', 'cache'].map((name) =>
+    path.join(work, name),
+  ) as [string, string, string, string];
+  for (const directory of [source, fuse, erofs, cache]) mkdirSync(directory);
+  const descriptor = attach === 'fuse' ? openFuse() : undefined;
+  const server = new LayerProcess([attach, cache, fuse], descriptor);
+  let layerId = 0;
+  try {
+    if (descriptor !== undefined) await mountFuse(descriptor, fuse);
+    const bytes = makeSource(source, megabytes * 1e6);
     const results: CachedReadResult[] = [];
     for (const image of ['uncompressed', 'lz4hc'] as const) {
       const file = path.join(work, image);
@@ -158,31 +209,113 @@ export async function cachedRead(rounds = 5): Promise<CachedReadResult[]> {
       execFileSync('mkfs.erofs', ['--quiet', ...options, file, source], {
         stdio: ['ignore', 'ignore', 'pipe'],
       });
-      const times = { loop: [] as number[], fuse: [] as number[] };
+      const reads = { loop: [] as Read[], ours: [] as Read[] };
       for (let round = 0; round <= rounds; round++) {
         execFileSync('cat', [file], { stdio: 'ignore' });
         // Who goes first changes from round to round.
-        for (const way of round % 2 === 0 ? (['loop', 'fuse'] as const) : (['fuse', 'loop'] as const)) {
-          const ms = way === 'loop' ? await throughLoop(file) : await throughFuse(file);
-          if (round > 0) times[way].push(ms);
+        for (const way of round % 2 === 0 ? (['loop', 'ours'] as const) : (['ours', 'loop'] as const)) {
+          const read =
+            way === 'loop'
+              ? await throughLoop(file, erofs)
+              : await throughOurs(server, ++layerId, file, erofs);
+          if (round > 0) reads[way].push(read);
         }
       }
-      const [loopMs, fuseMs] = [Math.round(median(times.loop)), Math.round(median(times.fuse))];
-      results.push({ image, bytes, loopMs, fuseMs, ratio: Number((loopMs / fuseMs).toFixed(2)), rounds });
+      const [loopMs, oursMs] = [reads.loop, reads.ours].map((all) => median(all.map(({ ms }) => ms))) as [
+        number,
+        number,
+      ];
+      results.push({
+        attach,
+        image,
+        bytes,
+        loopMs: Math.round(loopMs),
+        oursMs: Math.round(oursMs),
+        ratio: Number((loopMs / oursMs).toFixed(2)),
+        loopRequests: reads.loop.at(-1)?.requests ?? mean(NaN, NaN),
+        ourRequests: reads.ours.at(-1)?.requests ?? mean(NaN, NaN),
+        rounds,
+      });
     }
-    await unmountFuse(mountPoint);
     return results;
   } finally {
-    // Nothing can wait for the server any more once the connection is gone.
-    await server.end();
-    closeSync(descriptor);
-    for (const place of [erofs, mountPoint]) {
+    for (const place of [erofs, ...(descriptor === undefined ? [] : [fuse])]) {
       try {
-        unmountSync(place);
+        if (place === fuse) await unmountFuse(fuse);
+        else unmountSync(place);
       } catch {
         // Not mounted: all went well.
       }
     }
+    // Nothing can wait for the server any more once the connection is gone.
+    await server.end();
+    if (descriptor !== undefined) closeSync(descriptor);
     rmSync(work, { recursive: true });
   }
+}
+
+/** The backend that "auto" would take on this machine, or why there is none. */
+export async function attachHere(): Promise<{ attach: 'nbd' | 'fuse' } | { reason: string }> {
+  const nbd = await probeNbd();
+  if (nbd.available) return { attach: 'nbd' };
+  const fuse = await probeFuse();
+  return fuse.available ? { attach: 'fuse' } : { reason: `${nbd.reason}; ${fuse.reason}` };
+}
+
+export function reportCachedRead(results: readonly CachedReadResult[]): void {
+  const requests = ({ count, bytes }: Requests): string => `${count} x ${(bytes / 1024).toFixed(0)} KiB`;
+  const [first] = results;
+  console.log(`cached layer, ${((first?.bytes ?? NaN) / 1e6).toFixed(0)} MB of files, each read once`);
+  console.log(
+    `${''.padEnd(14)}${'loop ms'.padStart(9)}${`${first?.attach ?? ''} ms`.padStart(9)}${'ratio'.padStart(8)}` +
+      `${'requests to loop'.padStart(20)}${'to us'.padStart(20)}`,
+  );
+  for (const { image, loopMs, oursMs, ratio, loopRequests, ourRequests } of results) {
+    console.log(
+      `${image.padEnd(14)}${String(loopMs).padStart(9)}${String(oursMs).padStart(9)}${ratio.toFixed(2).padStart(8)}` +
+        `${requests(loopRequests).padStart(20)}${requests(ourRequests).padStart(20)}`,
+    );
+  }
+}
+
+/** Runs the same command in the test machine. */
+async function inTestMachine(arguments_: string[]): Promise<void> {
+  const checkout = fileURLToPath(new URL('../../..', import.meta.url));
+  const child = spawn(
+    'bash',
+    [
+      path.join(checkout, 'test/vm/run.sh'),
+      'bash',
+      path.join(checkout, 'test/vm/guest/bench.sh'),
+      ...arguments_,
+    ],
+    {
+      cwd: checkout,
+      stdio: ['ignore', 'inherit', 'inherit'],
+      env: {
+        VM_TIMEOUT: '1800',
+        VM_MEMORY: '3G',
+        ...process.env,
+        VM_MODULES: 'overlay erofs nbd loop ext4',
+      },
+    },
+  );
+  const [code] = (await once(child, 'exit')) as [number | null];
+  process.exitCode = code ?? 1;
+}
+
+/** `npm run bench -- cached-read` */
+export async function cachedReadBenchmark(arguments_: string[]): Promise<void> {
+  const numbers = arguments_.filter((argument) => argument !== '--vm');
+  if (numbers.length < arguments_.length) {
+    const [rounds = '5', megabytes = '75'] = numbers;
+    await inTestMachine(['cached-read', rounds, megabytes]);
+    return;
+  }
+  const [rounds = 5, megabytes = 150] = numbers.map(Number);
+  const here = await attachHere();
+  if ('reason' in here) throw new Error(`neither nbd nor fuse can be had: ${here.reason}`);
+  const results = await cachedRead(here.attach, rounds, megabytes);
+  reportCachedRead(results);
+  console.log(JSON.stringify({ results }));
 }

@@ -2,12 +2,14 @@
  * `npm run bench -- NAME [ARGUMENT...]`: runs one benchmark. Each is a file beside this one, entered in the list below; it
  * prints a table, and one line of JSON at the end.
  */
+import { cachedReadBenchmark } from './cached-read.js';
 import { gunzip } from './gunzip.js';
 import { index } from './index.js';
 import { memory } from './memory.js';
 import { serve } from './serve.js';
 
 const BENCHMARKS: Record<string, ((arguments_: string[]) => Promise<void>) | undefined> = {
+  'cached-read': cachedReadBenchmark,
   gunzip,
   index,
   memory,

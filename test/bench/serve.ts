@@ -14,8 +14,8 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 import { execa } from 'execa';
 import { z } from 'zod';
-import { probeFuse } from '../../blobserve/attach/fuse-mount.js';
-import { cachedRead, type CachedReadResult } from './cached-read.js';
+import { attachHere, cachedRead, type CachedReadResult, reportCachedRead } from './cached-read.js';
+import { median } from './median.js';
 
 const KIB = 1024;
 const READ_BYTES = [4 * KIB, 128 * KIB, 1024 * KIB];
@@ -87,13 +87,6 @@ async function measure(socket: string, fileBytes: number, readBytes: number, dep
   return job.read.bw_bytes / 1e6;
 }
 
-function median(values: number[]): number {
-  const sorted = values.toSorted((a, b) => a - b);
-  const middle = sorted.length >> 1;
-  const upper = sorted[middle] ?? NaN;
-  return sorted.length % 2 === 1 ? upper : (upper + (sorted[middle - 1] ?? NaN)) / 2;
-}
-
 export async function serve(arguments_: string[]): Promise<void> {
   const [rounds = 5, mebibytes = 512] = arguments_.map(Number);
   const directory = mkdtempSync(join(tmpdir(), 'erofs-nbd-bench-'));
@@ -139,8 +132,8 @@ export async function serve(arguments_: string[]): Promise<void> {
     await Promise.all(children.map(stop));
     rmSync(directory, { recursive: true });
   }
-  const fuse = await probeFuse();
-  report(rows, fuse.available ? await cachedRead(rounds) : fuse.reason);
+  const here = await attachHere();
+  report(rows, 'attach' in here ? await cachedRead(here.attach, rounds) : here.reason);
 }
 
 function report(rows: Row[], cached: readonly CachedReadResult[] | string): void {
@@ -155,12 +148,8 @@ function report(rows: Row[], cached: readonly CachedReadResult[] | string): void
   if (typeof cached === 'string') {
     console.log(`cached read through EROFS: not measured: ${cached}`);
   } else {
-    console.log('\ncached layer, all files   loop ms  fuse ms    ratio');
-    for (const { image, loopMs, fuseMs, ratio } of cached) {
-      console.log(
-        `${image.padEnd(24)}${loopMs.toFixed(0).padStart(9)}${fuseMs.toFixed(0).padStart(9)}${ratio.toFixed(2).padStart(9)}`,
-      );
-    }
+    console.log();
+    reportCachedRead(cached);
   }
   const worst = typeof cached === 'string' ? null : Math.min(...cached.map(({ ratio }) => ratio));
   console.log(JSON.stringify({ rows, cached_read_ratio: worst }));
