@@ -3,6 +3,8 @@
  */
 import { Command } from 'commander';
 import { VERSION } from '../daemon/version.js';
+import { addStatusCommand } from './status.js';
+import { addTopCommand } from './top.js';
 import { addPullCommand } from './pull-command.js';
 
 /** Errors are thrown (CommanderError), not printed: `main.ts` says them in the form that is wanted. */
@@ -15,5 +17,7 @@ export function createProgram(): Command {
     .configureOutput({ outputError: () => undefined, writeErr: () => undefined });
   // Here each subcommand's file adds its command, in the order of the help.
   addPullCommand(program);
+  addStatusCommand(program);
+  addTopCommand(program);
   return program;
 }
