@@ -15,8 +15,9 @@ import { control } from '../proto/messages.js';
 import type { BlobServeClient } from './blobserve-client.js';
 import { KeyedLock } from './keyed-lock.js';
 import { counted } from './metrics.js';
-import { mountAt } from './mount-table.js';
+import { mountAt, mountTable } from './mount-table.js';
 import { MountError, type Mounter } from './mounter.js';
+import { type LayerState, mountState, type Outcome, outcomeOf } from './recovery-table.js';
 
 /** Changes with every boot: tells devices of this boot from rows a reboot left. */
 async function readBootId(): Promise<string> {
@@ -128,19 +129,44 @@ export class LayerAttachments {
   async recover(eager: boolean): Promise<void> {
     // Readers may be waiting for a process that has just been started.
     await (await this.#options.dataPlane()).call((client) => this.serveAgain(client));
-    const bootId = await this.#currentBoot();
     const limit = pLimit(RECOVERY_CONCURRENCY);
-    const orphans = this.#layers.orphans();
-    const unused = new Set(orphans.map(({ id }) => id));
-    const wanted = this.#layers
-      .devices()
-      .filter((device) => !unused.has(device.layerId) && (eager || device.bootId === bootId));
-    await Promise.all([
-      ...wanted.map(({ layerId }) => limit(() => this.#logged(layerId, this.ensure(layerId)))),
-      ...orphans.map(({ id }) => limit(() => this.#logged(id, this.release(id)))),
-    ]);
+    const settle = async (layerId: number, outcome: Outcome): Promise<void> => {
+      if (outcome === 'clean up' || outcome === 'nothing') await this.release(layerId);
+      else if (outcome !== 'attach later' || eager) await this.ensure(layerId);
+    };
+    await Promise.all(
+      [...(await this.#outcomes())].map(([layerId, outcome]) =>
+        limit(() => this.#logged(layerId, settle(layerId, outcome))),
+      ),
+    );
     await this.#detachStrayDevices();
     await this.#removeStrayDirectories();
+  }
+
+  /** What becomes of every layer that has a device's row or no user. */
+  async #outcomes(): Promise<Map<number, Outcome>> {
+    const bootId = await this.#currentBoot();
+    const { devices } = await (await this.#options.dataPlane()).call((client) => client.list());
+    const served = new Set(devices.map((device) => control.Device.create(device).layerId));
+    const mounts = await mountTable();
+    const rows = new Map(this.#layers.devices().map((device) => [device.layerId, device]));
+    const unused = new Set(this.#layers.orphans().map(({ id }) => id));
+    const outcomes = new Map<number, Outcome>();
+    for (const layerId of new Set([...rows.keys(), ...unused])) {
+      const row = rows.get(layerId);
+      const directory = this.directory(layerId);
+      const mount = mounts.findLast(({ mountPoint }) => mountPoint === directory);
+      const outcome = outcomeOf({
+        used: !unused.has(layerId),
+        row: row?.state ?? 'none',
+        boot: row?.bootId === bootId ? 'this' : 'earlier',
+        device: served.has(layerId) ? 'served' : 'gone',
+        mount: mountState(mount, row?.path ?? null),
+      });
+      this.#log.debug({ layer: layerId, row: row?.state, mount: mount?.source, outcome }, 'found');
+      outcomes.set(layerId, outcome);
+    }
+    return outcomes;
   }
 
   /**
@@ -273,7 +299,13 @@ export class LayerAttachments {
         checked: before !== undefined && (before.state === 'mounted' || before.mountPoint !== null),
       }),
     );
-    await this.#mount(layer, device, reconnected);
+    await this.#mount(layer, device, {
+      used: true,
+      row: before?.state ?? 'none',
+      boot: before?.bootId === bootId ? 'this' : 'earlier',
+      // A FUSE file keeps its name over restarts; an nbd device is the same only when it was reconnected.
+      device: reconnected || device.backend === control.Backend.FUSE ? 'served' : 'gone',
+    });
     faultPoint('mounted');
     this.#layers.mounted(layerId, this.directory(layerId));
     faultPoint('mount-recorded');
@@ -319,16 +351,19 @@ export class LayerAttachments {
     return { device: full, reconnected: response.reconnected };
   }
 
-  async #mount(layer: LayerRow, device: control.Device, reconnected: boolean): Promise<void> {
+  async #mount(layer: LayerRow, device: control.Device, found: Omit<LayerState, 'mount'>): Promise<void> {
     const { mounter } = this.#options;
     const target = this.directory(layer.id);
     const existing = await mountAt(target);
-    if (existing !== undefined) {
-      // A FUSE file keeps its name over restarts; an nbd device is the same only when it was reconnected.
-      const same = existing.type === 'erofs' && existing.source === device.path;
-      if (same && (reconnected || device.backend === control.Backend.FUSE)) return;
+    const outcome = outcomeOf({ ...found, mount: mountState(existing, device.path) });
+    if (outcome === 'adopt') return;
+    if (outcome === 'leave alone') {
+      const what = `${existing?.type} from ${existing?.source} is mounted on ${target}`;
+      throw new MountError(`layer ${layer.digest}: ${what} and is not ours: unmount it`, 'EBUSY');
+    }
+    if (outcome === 'replace') {
       this.#log.warn(
-        { layer: layer.digest, mount: target, source: existing.source },
+        { layer: layer.digest, mount: target, source: existing?.source },
         'replacing a dead mount',
       );
       await this.#unmount(target, true);
