@@ -15,7 +15,7 @@ import {
   type LayerIndexRecord,
 } from './layer/index/layer-index.js';
 import type { ResumeDistance } from './layer/gzip/indexer.js';
-import type { LayerScanOptions } from './layer/index/layer-scan.js';
+import { type LayerScanOptions, scanThreadLimits } from './layer/index/layer-scan.js';
 import type { ScanReply, ScanRequest } from './layer/index/scan-thread.js';
 import { type BlobReader, ReadError } from './readers/blob-reader.js';
 
@@ -23,6 +23,7 @@ import { type BlobReader, ReadError } from './readers/blob-reader.js';
 const CHUNK = 1024 * 1024;
 /** Pieces that may be on their way to the thread: the memory bound of one layer's indexing. */
 const CHUNKS_AHEAD = 4;
+const DEFAULT_MAX_ENTRIES = 1_000_000;
 
 /** A layer that cannot be indexed, since its bytes are not a tar (in gzip) that we understand. */
 export class NotIndexableError extends Error {
@@ -53,6 +54,8 @@ export interface LayerIndexerOptions {
   readonly maxUncompressedBytes: number;
   /** How much may be done again after an interruption; default: that of the indexer. */
   readonly resumeDistance?: ResumeDistance;
+  /** Layers of more entries are refused; with it goes the memory of an indexing thread. Default 1,000,000. */
+  readonly maxEntries?: number;
   /** The compiled scan-thread; default: the one beside this file. */
   readonly scanProgram?: URL;
   readonly log: Logger;
@@ -208,10 +211,13 @@ class Scanning {
     const { digest, size } = request;
     const compression = await compressionOf(request, this.reader);
     const { spanSize, maxUncompressedBytes, resumeDistance: distance } = options;
-    const resumable = { digest, size, afresh: this.afresh, ...(distance && { distance }) };
-    const workerData: LayerScanOptions = { files, compression, spanSize, maxUncompressedBytes, resumable };
+    const maxEntries = options.maxEntries ?? DEFAULT_MAX_ENTRIES;
+    const workerData: LayerScanOptions = {
+      ...{ files, compression, spanSize, maxUncompressedBytes, maxEntries },
+      resumable: { digest, size, afresh: this.afresh, ...(distance && { distance }) },
+    };
     const program = options.scanProgram ?? new URL('./layer/index/scan-thread.js', import.meta.url);
-    const worker = new Worker(program, { workerData });
+    const worker = new Worker(program, { workerData, resourceLimits: scanThreadLimits(maxEntries) });
     let record: LayerIndexRecord;
     try {
       record = await this.#feed(worker);
@@ -252,7 +258,10 @@ class Scanning {
           fail(new ReadError('local', `layer ${digest} cannot be indexed: ${reply.message}`));
         }
       });
-      worker.once('error', fail);
+      worker.once('error', (error: NodeJS.ErrnoException) => {
+        if (error.code !== 'ERR_WORKER_OUT_OF_MEMORY') return fail(error);
+        fail(new NotIndexableError(`layer ${digest}: its files take more memory than an indexing may have`));
+      });
       worker.once('exit', (code) =>
         fail(new ReadError('local', `layer ${digest}: the indexing thread ended with ${code}`)),
       );

@@ -98,6 +98,23 @@ async function main(): Promise<void> {
     .option('--attach-reason <text>', '', '')
     .option('--fuse-descriptor <number>')
     .parse()
+    maxEntries: index.max_entries,
+    log,
+  });
+  const published = new PublishedIndexes({
+    registry: client,
+    trust: index.trust,
+    lookupTimeoutMs: index.lookup_timeout,
+    maxBytes: index.max_published,
+    maxUncompressedBytes: index.max_uncompressed,
+    log,
+  });
+  const paths = new LayerPaths({
+    configuration,
+    cacheDirectory: layout.cache,
+    client,
+    indexer,
+    published,
     .opts<CommandLine>();
   const configuration = loadConfiguration(options.config, {
     root: options.root,

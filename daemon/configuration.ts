@@ -108,6 +108,10 @@ const schema = z.strictObject({
       workers: z.int().min(1).max(64).default(2),
       span_size: size('512KiB', '64KiB', '64MiB'),
       max_uncompressed: size('64GiB', '1MiB', '8TiB'),
+      max_entries: z.int().min(1000).max(4_000_000).default(1_000_000),
+      trust: z.enum(['pinned', 'referrers', 'none']).default('referrers'),
+      lookup_timeout: duration('3s', '100ms', '5m'),
+      max_published: size('64MiB', '64KiB', '1GiB'),
     })
     .prefault({}),
   cache: z

@@ -1,5 +1,5 @@
 /** Indexes layers with blobserve's own scan, in a thread of its own that stays: checkpoints, tarindex and all digests. */
-import { closeSync, openSync, readSync } from 'node:fs';
+import { closeSync, openSync, readSync, statSync } from 'node:fs';
 import { parentPort } from 'node:worker_threads';
 import { z } from 'zod';
 import { HashThread } from '../../blobserve/layer/gzip/hash-thread.js';
@@ -18,9 +18,11 @@ const chunk = Buffer.allocUnsafeSlow(CHUNK);
 
 async function run({ layer, spanSize, files }: z.infer<typeof Job>): Promise<void> {
   const start = performance.now();
+  // What could be gone on with is kept too, as the daemon does.
+  const resumable = { digest: 'sha256:', size: statSync(layer).size, afresh: true };
   const scan = await LayerScan.start(
-    { files, compression: 'gzip', spanSize, maxUncompressedBytes: Number.MAX_SAFE_INTEGER },
-    () => hashing.sha256(),
+    { files, compression: 'gzip', spanSize, maxUncompressedBytes: Number.MAX_SAFE_INTEGER, resumable },
+    (state) => hashing.sha256(state),
   );
   const input = openSync(layer, 'r');
   for (;;) {

@@ -3,14 +3,18 @@
  * too, and computes the blob's digest, the diff ID and a SHA-256 for each span besides. One after the other in every
  * round; medians. Our thread stays, as blobserve's does: the first round is also the one that compiles.
  *
- *     npm run bench -- index [ROUNDS [LAYER.tar.gz]]
+ *     npm run bench -- index [--layer SIZE] [ROUNDS [LAYER.tar.gz]]
+ *
+ * `--layer 2GiB` makes a layer whose tar has at least so many bytes.
  */
 import { once } from 'node:events';
 import { mkdtempSync, rmSync } from 'node:fs';
-import { tmpdir } from 'node:os';
 import path from 'node:path';
+import { parseArgs } from 'node:util';
 import { Worker } from 'node:worker_threads';
 import { z } from 'zod';
+import { parseSize } from '../../daemon/quantity.js';
+import { scanThreadLimits } from '../../blobserve/layer/index/layer-scan.js';
 import { parseConfiguration } from '../../daemon/configuration.js';
 import { fetchErofsUtils, referenceGzipIndex } from '../erofs-utils.js';
 import { makeLayer } from './layer-file.js';
@@ -21,20 +25,31 @@ const Report = z.object({
   uncompressed: z.number(),
 });
 
-export async function index([rounds = '5', given]: string[]): Promise<void> {
-  const directory = mkdtempSync(path.join(tmpdir(), 'bench-index-'));
+export async function index(parameters: string[]): Promise<void> {
+  const { values, positionals } = parseArgs({
+    args: parameters,
+    options: { layer: { type: 'string', default: '0B' } },
+    allowPositionals: true,
+  });
+  const [rounds = '5', given] = positionals;
+  // Not in /tmp, which may be memory: a layer can have gigabytes.
+  const directory = mkdtempSync('/var/tmp/bench-index-');
   try {
     fetchErofsUtils();
-    const layer = given ?? makeLayer(directory).layer;
-    const worker = new Worker(new URL('./index-worker.js', import.meta.url));
+    const layer = given ?? makeLayer(directory, parseSize(values.layer)).layer;
+    const { index: settings } = parseConfiguration('', 'default');
+    const worker = new Worker(new URL('./index-worker.js', import.meta.url), {
+      resourceLimits: scanThreadLimits(settings.max_entries),
+    });
     const job = {
       layer,
       // As the daemon does it when nothing is configured; the reference makes a checkpoint every 4 MiB.
-      spanSize: parseConfiguration('', 'default').index.span_size,
+      spanSize: settings.span_size,
       files: {
         tarindex: path.join(directory, 'ours.erofs'),
         checkpoints: path.join(directory, 'ours.zwin'),
         record: path.join(directory, 'ours.json'),
+        journal: path.join(directory, 'ours.resume'),
       },
     };
     const [ours, theirs]: [number[], number[]] = [[], []];

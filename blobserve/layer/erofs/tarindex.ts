@@ -41,7 +41,7 @@ const PIECE = 256 * 1024;
 export function buildTarIndex(tree: LayerTree, tarSize: number): TarIndex {
   const plan = new TarIndexPlan(tree, tarSize);
   const hash = createHash('sha256');
-  for (const bytes of gather(plan.body(), PIECE)) hash.update(bytes);
+  for (const bytes of gather(plan.body(), PIECE, true)) hash.update(bytes);
   const uuid = uuidFrom(hash.digest());
   return {
     size: plan.blocks * BLOCK,
@@ -70,8 +70,12 @@ function uuidFrom(digest: Buffer): Buffer {
   return uuid;
 }
 
-/** Joins small pieces to ones of `size` bytes; the last may be shorter. Empty ones vanish. */
-function* gather(pieces: Iterable<Buffer>, size: number): Generator<Buffer> {
+/**
+ * Joins small pieces to ones of `size` bytes; the last may be shorter. Empty ones vanish.
+ *
+ * @param reuse each piece is good only until the next one is asked for
+ */
+function* gather(pieces: Iterable<Buffer>, size: number, reuse = false): Generator<Buffer> {
   let target = Buffer.allocUnsafe(size);
   let filled = 0;
   for (const piece of pieces) {
@@ -81,7 +85,7 @@ function* gather(pieces: Iterable<Buffer>, size: number): Generator<Buffer> {
       at += taken;
       if (filled === size) {
         yield target;
-        target = Buffer.allocUnsafe(size);
+        if (!reuse) target = Buffer.allocUnsafe(size);
         filled = 0;
       }
     }

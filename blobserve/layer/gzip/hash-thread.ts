@@ -29,7 +29,9 @@ export class HashThread {
    */
   static async start(entry = new URL('./hash-thread-main.js', import.meta.url)): Promise<HashThread> {
     const memory = new SharedArrayBuffer(HashRing.bytes);
-    const worker = new Worker(entry, { workerData: memory });
+    // It makes no garbage to speak of.
+    const resourceLimits = { maxYoungGenerationSizeMb: 1, maxOldGenerationSizeMb: 64 };
+    const worker = new Worker(entry, { workerData: memory, resourceLimits });
     await once(worker, 'message');
     return new HashThread(memory, worker);
   }

@@ -7,6 +7,7 @@ import { createHash } from 'node:crypto';
 import { existsSync } from 'node:fs';
 import { open, rename, rm } from 'node:fs/promises';
 import type { TarEntry } from '../tar/entry.js';
+import { type ResourceLimits } from 'node:worker_threads';
 import { buildTarIndex } from '../erofs/tarindex.js';
 import { openSha256, type Sha256 } from '../../linux/sha256.js';
 import { GzipError } from '../gzip/gzip-error.js';
@@ -30,15 +31,31 @@ export interface LayerScanOptions {
   readonly spanSize: number;
   /** More uncompressed bytes than this are refused. */
   readonly maxUncompressedBytes: number;
+  /** Layers of more entries, or more files and directories, are refused. Default: those of scanner and tree. */
+  readonly maxEntries?: number | undefined;
   /** When an interruption is to be gone on from: which blob it is. A plain tar is hashed again, which is fast. */
-  readonly resumable?: {
-    readonly digest: string;
-    readonly size: number;
-    /** Default: that of the indexer. */
-    readonly distance?: ResumeDistance;
-    /** Start from the beginning, whatever was kept. */
-    readonly afresh?: boolean;
-  };
+  readonly resumable?:
+    | undefined
+    | {
+        readonly digest: string;
+        readonly size: number;
+        /** Default: that of the indexer. */
+        readonly distance?: ResumeDistance;
+        /** Start from the beginning, whatever was kept. */
+        readonly afresh?: boolean;
+      };
+}
+
+/**
+ * What a thread that scans may take of the heap: room for the tree of so many entries, whose names, targets and xattrs
+ * are bounded by themselves, and little for what is young, since most of what a scan makes is either kept or gone at once.
+ */
+export function scanThreadLimits(maxEntries: number): ResourceLimits {
+  return { maxOldGenerationSizeMb: 512 + Math.ceil(maxEntries / 1024), maxYoungGenerationSizeMb: 4 };
+}
+
+function newTree({ maxEntries }: LayerScanOptions): LayerTreeBuilder {
+  return new LayerTreeBuilder(maxEntries === undefined ? {} : { maxInodes: maxEntries });
 }
 
 interface ReadyCheckpoint {
@@ -83,7 +100,11 @@ export class LayerScan {
     this.#tree = tree;
     this.#checkpoints = checkpoints;
     this.#journal = journal;
-    this.#scanner = new TarScanner((entry) => this.#take(entry));
+    const { maxEntries } = options;
+    this.#scanner = new TarScanner(
+      (entry) => this.#take(entry),
+      maxEntries === undefined ? {} : { maxEntries },
+    );
     this.from = point?.indexer.checkpoint.in ?? 0;
     this.#written = this.from;
     if (checkpoints === undefined) {
@@ -115,10 +136,10 @@ export class LayerScan {
     const { compression, files, resumable, spanSize } = options;
     if (compression === 'none') {
       await clearIndex(files);
-      return new LayerScan(options, new LayerTreeBuilder(), {}, sha256);
+      return new LayerScan(options, newTree(options), {}, sha256);
     }
     if (resumable !== undefined && resumable.afresh !== true && existsSync(files.journal)) {
-      const tree = new LayerTreeBuilder();
+      const tree = newTree(options);
       try {
         const kept = await openKept(options, { ...resumable, spanSize }, tree);
         try {
@@ -136,12 +157,7 @@ export class LayerScan {
     const checkpoints = await ZwinWriter.create(files.checkpoints);
     const identity = resumable && { ...resumable, spanSize };
     const journal = identity && (await ResumeJournal.create(files.journal, identity));
-    return new LayerScan(
-      options,
-      new LayerTreeBuilder(),
-      { checkpoints, ...(journal && { journal }) },
-      sha256,
-    );
+    return new LayerScan(options, newTree(options), { checkpoints, ...(journal && { journal }) }, sha256);
   }
 
   /** Bytes of the blob that need not be inflated again after an interruption now. */
