@@ -22,10 +22,8 @@ import { LayerPaths } from './data-path.js';
 import { LayerIndexer } from './layer-indexer.js';
 import { LayerLookup } from './layer-lookup.js';
 import { LayerServer } from './layer-server.js';
-import { credentialSources } from './registry/credential-sources.js';
-import { HostsDirectory } from './registry/hosts-directory.js';
-import { RegistryClient } from './registry/registry-client.js';
-import { TRANSPORT_DEFAULTS } from './registry/transport.js';
+import { PublishedIndexes } from './published/published-indexes.js';
+import { openRegistryClient } from './open-registry-client.js';
 
 interface CommandLine {
   config?: string;
@@ -57,22 +55,6 @@ async function openBackend(
   return new FuseBackend(Number(options.fuseDescriptor), fuseMountPoint, {
     attachTimeoutMs: configuration.fuse.attach_timeout,
     log,
-  });
-}
-
-function openRegistryClient({ registry, fetch }: Configuration, log: Logger): RegistryClient {
-  return new RegistryClient({
-    insecureHosts: registry.insecure,
-    connectTimeoutMs: registry.connect_timeout,
-    headersTimeoutMs: registry.response_timeout,
-    bodyTimeoutMs: registry.stall_timeout,
-    // A try may not outlast the deadline of the read it is for.
-    requestTimeoutMs: Math.min(TRANSPORT_DEFAULTS.requestTimeoutMs, fetch.read_deadline),
-    connectionsPerHost: registry.max_connections_per_host,
-    hedge: registry.hedge,
-    userAgent: `erofs-nbd/${VERSION}`,
-    hosts: new HostsDirectory(registry.hosts_dir, { onProblem: (problem) => log.warn(problem) }),
-    credentials: credentialSources(registry, log),
   });
 }
 

@@ -3,7 +3,7 @@
  * garbage collector goes from one to the next (containerd, core/images/handlers.go, SetChildrenMappedLabels).
  */
 import { z } from 'zod';
-import { chainIdOf } from '../snapshotter/image-discovery.js';
+import { chainIdOf } from '../snapshotter/layer-reference.js';
 import { resolveManifest, type FetchedManifest, type ImageManifest } from '../blobserve/registry/manifest.js';
 import type { Platform } from '../blobserve/registry/platform.js';
 import { registryHost, type Reference } from '../blobserve/registry/reference.js';

@@ -6,13 +6,14 @@ import * as grpc from '@grpc/grpc-js';
 import { InvalidArgumentError, Option, type Command } from 'commander';
 import { machinePlatform, parsePlatform, type Platform } from '../blobserve/registry/platform.js';
 import { ImageReferenceError, parseReference } from '../blobserve/registry/reference.js';
+import { openRegistryClient } from '../blobserve/open-registry-client.js';
 import { loadConfiguration } from '../daemon/configuration.js';
+import { createLogger } from '../daemon/log.js';
 import { CallError } from '../proto/unary-call.js';
 import { ContainerdClient } from '../snapshotter/containerd-client.js';
 import { Failure, UsageError } from './failure.js';
 import { openProgress } from './progress.js';
 import { pull } from './pull.js';
-import { openRegistry } from './registry.js';
 import { interruptible, print } from './terminal.js';
 
 interface PullCommandLine {
@@ -69,7 +70,7 @@ async function pullImage(image: string, options: PullCommandLine): Promise<void>
   const configuration = loadConfiguration(options.config);
   const reference = parsed(image);
   const containerd = new ContainerdClient(options.address ?? configuration.containerd.address);
-  const registry = openRegistry(configuration, (problem) => process.stderr.write(`erofs-nbd: ${problem}\n`));
+  const registry = openRegistryClient(configuration, createLogger('erofs-nbd pull', 'warn', 'text'));
   const progress = openProgress(process.stderr, options.quiet === true || options.json === true);
   const startedAt = performance.now();
   try {

@@ -142,7 +142,6 @@ const schema = z.strictObject({
       discover: z.boolean().default(true),
       address: socketPath.default('/run/containerd/containerd.sock'),
       registries: z.array(z.string().regex(/^[^\s/]+:\d{1,5}$/, 'expected host:port')).default([]),
-      certificates: absolutePath.default('/etc/containerd/certs.d'),
       timeout: duration('5s', '100ms', '5m'),
     })
     .prefault({}),

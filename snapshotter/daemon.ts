@@ -189,14 +189,15 @@ export class Daemon {
   }
 
   #openDiscovery(): ImageDiscovery | undefined {
-    const { discover, address, registries, certificates } = this.#options.configuration.containerd;
+    const { containerd, registry } = this.#options.configuration;
+    const { discover, address, registries } = containerd;
     if (!discover) return undefined;
     this.#containerd = new ContainerdClient(address);
     return new ImageDiscovery({
       client: this.#containerd,
       // Plain HTTP is a matter of ports too.
-      registries: [...registries, ...this.#options.configuration.registry.insecure],
-      certificatesDirectory: certificates,
+      registries: [...registries, ...registry.insecure],
+      hostsDirectories: registry.hosts_dir,
       log: this.#log,
     });
   }

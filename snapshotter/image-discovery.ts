@@ -8,7 +8,6 @@
  *
  * containerd may be called back while it waits for a Prepare: it holds no transaction then (core/metadata/snapshot.go).
  */
-import { createHash } from 'node:crypto';
 import * as grpc from '@grpc/grpc-js';
 import { LRUCache } from 'lru-cache';
 import { z } from 'zod';
@@ -24,8 +23,8 @@ import {
 } from '../blobserve/registry/manifest.js';
 import { parseJson } from '../blobserve/registry/registry-error.js';
 import type { CallContext, ContainerdClient } from './containerd-client.js';
-import type { LayerReference } from './layer-reference.js';
-import { certificateHosts, hostsOf, sourcesOf, type KnownHosts, type Source } from './source-hosts.js';
+import { chainIdOf, type LayerReference } from './layer-reference.js';
+import { directoryHosts, hostsOf, sourcesOf, type KnownHosts, type Source } from './source-hosts.js';
 
 /** A layer as an image of containerd's content store has it, and where that image may be from. */
 export interface DiscoveredLayer extends LayerReference {
@@ -37,8 +36,8 @@ export interface ImageDiscoveryOptions {
   readonly client: ContainerdClient;
   /** `host:port`: registries whose ports containerd's labels leave out. */
   readonly registries: readonly string[];
-  /** containerd's directory of registry settings, as a rule /etc/containerd/certs.d. */
-  readonly certificatesDirectory: string;
+  /** containerd's directories of registry settings, as a rule /etc/containerd/certs.d. */
+  readonly hostsDirectories: readonly string[];
   readonly log: Logger;
 }
 
@@ -71,12 +70,6 @@ interface ImageLayer {
 
 /** By chain ID. */
 type ImageLayers = ReadonlyMap<string, ImageLayer>;
-
-/** Chain ID of a layer on top of others (OCI image specification, config.md, "Layer ChainID"). */
-export function chainIdOf(parentChainId: string, diffId: string): string {
-  if (parentChainId === '') return diffId;
-  return `sha256:${createHash('sha256').update(`${parentChainId} ${diffId}`).digest('hex')}`;
-}
 
 export class ImageDiscovery {
   readonly #options: ImageDiscoveryOptions;
@@ -175,14 +168,14 @@ export class ImageDiscovery {
   }
 
   async #knownHosts(context: CallContext, { hostname }: Source): Promise<KnownHosts> {
-    const { client, registries, certificatesDirectory } = this.#options;
+    const { client, registries, hostsDirectories } = this.#options;
     // Go's regular expressions in containerd's filter language; a host name needs its dots and brackets escaped.
     const host = hostname.replace(/[.[\]]/g, '\\$&');
     const named = await client.listImages(context, `name~=${JSON.stringify(`^${host}:[0-9]+/`)}`);
     return {
       configured: registries,
       images: named.map(({ name }) => name),
-      certificates: await certificateHosts(certificatesDirectory),
+      directories: await directoryHosts(hostsDirectories),
     };
   }
 }

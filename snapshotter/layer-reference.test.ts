@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest';
-import { LabelError, layerReference } from './layer-reference.js';
+import { chainIdOf, checkChainId, LabelError, layerReference } from './layer-reference.js';
 
 const digest = (digit: string) => `sha256:${digit.repeat(64)}`;
 const labels = {
@@ -54,4 +54,28 @@ describe('the labels of a Prepare', () => {
       expect(() => layerReference(refused)).not.toThrow(/hunter2/);
     },
   );
+});
+
+describe('the chain ID of a Prepare', () => {
+  const [base, middle] = [digest('1'), digest('2')];
+
+  it("is the diff ID of the lowest layer, and a digest of all below on the others, as the specification's", () => {
+    expect(chainIdOf('', base)).toBe(base);
+    // printf 'sha256:111…1 sha256:222…2' | sha256sum
+    expect(chainIdOf(base, middle)).toBe(
+      'sha256:9932074217c35353d2e03a3f5a86549f7c67bfeb0ba53e23d69f4d4c8f7958f5',
+    );
+  });
+
+  it('must be what diff ID and parent make', () => {
+    expect(() => checkChainId(base, '', base)).not.toThrow();
+    expect(() => checkChainId(chainIdOf(base, middle), base, middle)).not.toThrow();
+    expect(() => checkChainId(middle, '', base)).toThrow(LabelError);
+    expect(() => checkChainId(middle, base, middle)).toThrow(chainIdOf(base, middle));
+  });
+
+  it('is taken as it is where parent or diff ID are not known', () => {
+    expect(() => checkChainId(middle, undefined, base)).not.toThrow();
+    expect(() => checkChainId(middle, '', '')).not.toThrow();
+  });
 });

@@ -1,8 +1,10 @@
 /**
  * Which layer of which image a Prepare means, from the labels clients send.
  *
- * Source of the labels: containerd, pkg/snapshotters/annotations.go and core/snapshots/snapshotter.go.
+ * Source of the labels: containerd, pkg/snapshotters/annotations.go and core/snapshots/snapshotter.go. One more of them,
+ * `cri.image-layers`, lists the layers above; containerd cuts it off at 4096 bytes, and it is not read.
  */
+import { createHash } from 'node:crypto';
 
 /** The chain ID a remote snapshot is known by; its presence asks "do you have this, or can you get it by yourself?" */
 export const LABEL_SNAPSHOT_REF = 'containerd.io/snapshot.ref';
@@ -58,4 +60,28 @@ export function layerReference(labels: Readonly<Record<string, string>>): LayerR
   }
   if (imageRef === '' || layerDigest === '') return undefined;
   return { imageRef, manifestDigest, layerDigest, diffId };
+}
+
+/** Chain ID of a layer on top of others (OCI image specification, config.md, "Layer ChainID"). */
+export function chainIdOf(parentChainId: string, diffId: string): string {
+  if (parentChainId === '') return diffId;
+  return `sha256:${createHash('sha256').update(`${parentChainId} ${diffId}`).digest('hex')}`;
+}
+
+/**
+ * Holds what a client calls a layer against what the layer is. Others may ask for the same chain ID later, perhaps in
+ * another namespace, and would get whatever it was given to first.
+ *
+ * @param parentChainId empty for no parent; undefined when the parent's is not known, and nothing can be said
+ * @param diffId as the image's configuration says; empty when it does not
+ * @throws {LabelError} the labels contradict the image
+ */
+export function checkChainId(chainId: string, parentChainId: string | undefined, diffId: string): void {
+  if (parentChainId === undefined || diffId === '') return;
+  const expected = chainIdOf(parentChainId, diffId);
+  if (chainId === expected) return;
+  throw new LabelError(
+    `label ${LABEL_SNAPSHOT_REF}=${JSON.stringify(chainId.slice(0, 128))} is not the layer's: ` +
+      `${diffId} on ${parentChainId === '' ? 'no parent' : parentChainId} makes ${expected}`,
+  );
 }

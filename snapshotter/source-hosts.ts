@@ -55,7 +55,7 @@ export interface KnownHosts {
   /** Names of images in the namespace. */
   readonly images: readonly string[];
   /** Names of directories of certs.d. */
-  readonly certificates: readonly string[];
+  readonly directories: readonly string[];
 }
 
 /**
@@ -74,21 +74,19 @@ export function hostsOf({ hostname, repository }: Source, known: KnownHosts): st
     }
   }
   // `host_5000_` is how containerd spells a port where a colon cannot be.
-  const certificates = known.certificates.map((name) => name.replace(/_(\d+)_$/, ':$1'));
-  const candidates = [...same, ...known.configured, ...certificates, ...others];
+  const directories = known.directories.map((name) => name.replace(/_(\d+)_$/, ':$1'));
+  const candidates = [...same, ...known.configured, ...directories, ...others];
   const fitting = candidates.filter((host) => withoutPort(host) === hostname);
   return [...new Set([...fitting, hostname])];
 }
 
-/** Names of the directories in certs.d; none when there is no such directory. */
-export async function certificateHosts(directory: string): Promise<string[]> {
-  try {
-    const entries = await readdir(directory, { withFileTypes: true });
-    return entries
-      .filter((entry) => entry.isDirectory() && entry.name !== '_default')
-      .map(({ name }) => name);
-  } catch {
-    // As a rule: that a host has a directory there is a hint, no more.
-    return [];
+/** Names of the directories in those directories; one that is not there has none. */
+export async function directoryHosts(hostsDirectories: readonly string[]): Promise<string[]> {
+  const names: string[] = [];
+  for (const directory of hostsDirectories) {
+    // What cannot be read hints at nothing; it is no more than a hint.
+    const entries = await readdir(directory, { withFileTypes: true }).catch(() => []);
+    names.push(...entries.filter((entry) => entry.isDirectory()).map(({ name }) => name));
   }
+  return names;
 }
