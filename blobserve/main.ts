@@ -22,7 +22,6 @@ import { LayerPaths } from './data-path.js';
 import { LayerIndexer } from './layer-indexer.js';
 import { LayerLookup } from './layer-lookup.js';
 import { LayerServer } from './layer-server.js';
-import { PublishedIndexes } from './published/published-indexes.js';
 import { openRegistryClient } from './open-registry-client.js';
 
 interface CommandLine {
@@ -80,23 +79,6 @@ async function main(): Promise<void> {
     .option('--attach-reason <text>', '', '')
     .option('--fuse-descriptor <number>')
     .parse()
-    maxEntries: index.max_entries,
-    log,
-  });
-  const published = new PublishedIndexes({
-    registry: client,
-    trust: index.trust,
-    lookupTimeoutMs: index.lookup_timeout,
-    maxBytes: index.max_published,
-    maxUncompressedBytes: index.max_uncompressed,
-    log,
-  });
-  const paths = new LayerPaths({
-    configuration,
-    cacheDirectory: layout.cache,
-    client,
-    indexer,
-    published,
     .opts<CommandLine>();
   const configuration = loadConfiguration(options.config, {
     root: options.root,
@@ -115,6 +97,7 @@ async function main(): Promise<void> {
     workers: index.workers,
     spanSize: index.span_size,
     maxUncompressedBytes: index.max_uncompressed,
+    maxEntries: index.max_entries,
     log,
   });
   const paths = new LayerPaths({ configuration, cacheDirectory: layout.cache, client, indexer, log });
