@@ -1,35 +1,33 @@
 /**
  * The stack of readers of a layer, on one screen:
  *
- *     native layer   registry-range → retry → cache                          → readahead → device
- *     tar.gz layer   registry-range → retry → cache → gunzip ─┐
- *                                            file(tarindex) ──┴→ concat      → readahead → device
+ *     native layer   blob                           → readahead → guard → device
+ *     tar.gz layer   blob → gunzip ─┐
+ *                    file(tarindex) ┴→ concat       → readahead → guard → device
  *     tar layer      the same without gunzip
+ *
+ * A blob is registry-range → retry → cache (layer-blobs.ts).
  */
-import { mkdir } from 'node:fs/promises';
 import { LRUCache } from 'lru-cache';
 import type { Configuration } from '../daemon/configuration.js';
 import type { Logger } from '../daemon/log.js';
 import { control } from '../proto/messages.js';
+import type { LayerBlob, LayerBlobs } from './layer-blobs.js';
 import type { LayerIndexer } from './layer-indexer.js';
 import { ErofsFormatError, parseSuperBlock, SUPER_BLOCK_READ } from './layer/erofs/super-block.js';
 import { CheckpointError } from './layer/gzip/gzip-error.js';
 import { ZwinIndex } from './layer/gzip/zwin.js';
-import type { LayerIndexRecord } from './layer/index/layer-index.js';
-import { counted } from './metrics.js';
-import type { BlobReader } from './readers/blob-reader.js';
-import { BufferPool } from './readers/buffer-pool.js';
-import { CacheReader } from './readers/cache.js';
+import type { LayerIndexFiles, LayerIndexRecord } from './layer/index/layer-index.js';
+import type { PublishedIndexes } from './published/published-indexes.js';
+import { type BlobReader, ReadError } from './readers/blob-reader.js';
 import { ConcatReader } from './readers/concat.js';
 import { FileReader } from './readers/file.js';
 import { GunzipReader, type GunzipReaderOptions } from './readers/gunzip.js';
+import { GuardReader } from './readers/guard.js';
 import { InflatedCache } from './readers/inflated-cache.js';
 import { ReadaheadReader } from './readers/readahead.js';
-import { RegistryRangeReader } from './readers/registry-range.js';
-import { RetryReader } from './readers/retry.js';
+import type { RegistryRangeReader } from './readers/registry-range.js';
 import { ZerosReader } from './readers/zeros.js';
-import { parseReference } from './registry/reference.js';
-import type { RegistryClient } from './registry/registry-client.js';
 import { abortable } from './registry/transport.js';
 
 /** A layer whose bytes are not what its manifest says they are: it never reaches the kernel. */
@@ -45,12 +43,6 @@ export interface LayerPath {
   close(): Promise<void>;
 }
 
-/** A blob's compressed bytes, kept as they are fetched. */
-interface CachedBlob {
-  readonly cache: CacheReader;
-  readonly range: RegistryRangeReader;
-}
-
 type Source = control.LayerSource.$Properties;
 
 /** Layers whose indexing is remembered until they are opened. */
@@ -60,24 +52,21 @@ const INDEXED_MAX = 1024;
 const SECTOR = 512;
 
 export interface LayerPathsOptions {
-  readonly configuration: Pick<Configuration, 'fetch' | 'cache'>;
-  readonly cacheDirectory: string;
-  readonly client: RegistryClient;
+  readonly configuration: Pick<Configuration, 'fetch' | 'cache' | 'integrity'>;
+  readonly blobs: LayerBlobs;
   readonly indexer: LayerIndexer;
+  readonly published: PublishedIndexes;
   readonly log: Logger;
 }
 
 export class LayerPaths {
   readonly #options: LayerPathsOptions;
-  /** The memory that fetched bytes of all layers pass through. */
-  readonly #buffers: BufferPool;
   readonly #inflated: InflatedCache;
   /** What indexing a layer fetched, by digest, until its device counts it. */
   readonly #indexTraffic = new LRUCache<string, RegistryRangeReader['traffic']>({ max: INDEXED_MAX });
 
   constructor(options: LayerPathsOptions) {
     this.#options = options;
-    this.#buffers = new BufferPool(options.configuration.fetch.max_in_flight);
     this.#inflated = new InflatedCache(options.configuration.cache.inflated);
   }
 
@@ -106,10 +95,26 @@ export class LayerPaths {
       size: size ?? 0,
       diffId: diffId ?? '',
       open: async () => {
-        const { cache, range } = await this.#openBlob(source);
+        const { cache, range } = await this.#options.blobs.open(source);
         this.#indexTraffic.set(digest ?? '', range.traffic);
         return { reader: this.#readahead(cache), forget: () => cache.forget() };
       },
+      published: (files) => this.#publishedIndex(source, files),
+    });
+  }
+
+  #publishedIndex(source: Source, files: LayerIndexFiles): Promise<LayerIndexRecord | undefined> {
+    const request = {
+      digest: source.layerDigest ?? '',
+      size: source.size ?? 0,
+      diffId: source.diffId ?? '',
+      imageRef: source.imageRef ?? '',
+      manifestDigest: source.manifestDigest ?? '',
+    };
+    return this.#options.published.make(request, files, async () => {
+      const { cache, range } = await this.#options.blobs.open(source);
+      this.#indexTraffic.set(request.digest, range.traffic);
+      return cache;
     });
   }
 
@@ -121,14 +126,51 @@ export class LayerPaths {
         `layer ${digest}: ${size} bytes are no EROFS image: its size is a multiple of its block size`,
       );
     }
-    const blob = await this.#openBlob(source);
+    const blob = await this.#options.blobs.open(source);
     const path = this.#path(blob, blob.cache);
     try {
+      await abortable(this.#trust(blob, path.guard, checked), signal);
       if (!checked) await abortable(checkSuperBlock(path.reader, digest), signal);
       return path;
     } catch (error) {
       await path.close();
       throw error;
+    }
+  }
+
+  /**
+   * What has been sent under another blob's digest before is not served before all of it is here and right; and in strict
+   * mode, nothing is that cannot be verified before it is used.
+   *
+   * @throws {ReadError} it is another blob again, or cannot be had
+   * @throws {LayerRefusedError} it cannot be verified before it is used
+   */
+  async #trust(blob: LayerBlob, guard: GuardReader, mounted: boolean): Promise<void> {
+    const { blobs, configuration } = this.#options;
+    const { knowledge, cache } = blob;
+    const name = `layer ${knowledge.blob.digest}`;
+    if (knowledge.wrong !== undefined) {
+      if (mounted) {
+        // What the kernel has of it may be wrong, and does not become right by what comes now.
+        const before = knowledge.wrong.trim();
+        guard.refuse(
+          new ReadError(
+            'corrupt',
+            `${name}: the registry has sent another blob before: ${before}; remove the image`,
+          ),
+        );
+        return;
+      }
+      await blobs.complete(blob);
+    }
+    if (configuration.integrity.verify !== 'strict' || knowledge.digests !== undefined) return;
+    if (cache.allCached) await blobs.complete(blob);
+    else {
+      throw new LayerRefusedError(
+        `${name}: nothing is known to verify its parts with before all of it is here, and integrity.verify is "strict". ` +
+          'Publish the image with tar.gz or tar layers, which are verified while they are indexed, ' +
+          'or allow "complete", which verifies the whole layer when it is complete',
+      );
     }
   }
 
@@ -140,15 +182,21 @@ export class LayerPaths {
     const files = this.#options.indexer.files(record.digest);
     const opened: { close(): Promise<void> }[] = [];
     try {
-      const blob = await this.#openBlob(source);
+      const blob = await this.#options.blobs.open(source);
       opened.push(blob.cache);
       let tar: BlobReader = blob.cache;
+      let verifiable = false;
       if (record.compression === 'gzip') {
         const sizes = { compressed: record.blobSize, uncompressed: record.tarSize };
         const index = await ZwinIndex.open(files.checkpoints, sizes);
         opened.push(index);
         tar = gunzip({ name, next: blob.cache, index, cache: this.#inflated });
         opened.splice(0, opened.length, tar);
+        verifiable = index.spanDigests !== undefined;
+      }
+      // What has just been indexed is here as a whole.
+      if (this.#options.configuration.integrity.verify === 'strict' && !verifiable) {
+        await abortable(this.#options.blobs.complete(blob), signal);
       }
       const tarindex = await FileReader.open({ path: files.tarindex, size: record.tarindexSize });
       opened.push(tarindex);
@@ -162,52 +210,31 @@ export class LayerPaths {
   }
 
   #path(
-    blob: CachedBlob,
+    blob: LayerBlob,
     device: BlobReader,
     before: RegistryRangeReader['traffic'] = { requests: 0, bytes: 0 },
-  ): LayerPath {
-    const reader = this.#readahead(device);
+  ): LayerPath & { readonly guard: GuardReader } {
+    const guard = new GuardReader(this.#readahead(device));
+    const end = this.#options.blobs.lookAfter(blob, (error) => guard.refuse(error));
     return {
-      reader,
+      reader: guard,
+      guard,
       statistics: () => ({
         cachedBytes: blob.cache.statistics.cachedBytes,
         fetchedBytes: before.bytes + blob.range.traffic.bytes,
         requests: before.requests + blob.range.traffic.requests,
         misses: blob.cache.statistics.misses,
       }),
-      close: () => reader.close(),
+      close: () => {
+        end();
+        return guard.close();
+      },
     };
   }
 
   #readahead(next: BlobReader): ReadaheadReader {
     const { cache, fetch } = this.#options.configuration;
     return new ReadaheadReader(next, { minWindowBytes: cache.span_size, maxWindowBytes: fetch.readahead });
-  }
-
-  async #openBlob(source: Source): Promise<CachedBlob> {
-    const { configuration, cacheDirectory, client, log } = this.#options;
-    const digest = source.layerDigest ?? '';
-    const imageRef = source.imageRef ?? '';
-    const layerLog = log.child({ layer: digest, image: imageRef });
-    const reference = parseReference(imageRef);
-    const range = new RegistryRangeReader({ client, reference, digest, size: source.size ?? 0 });
-    const retry = new RetryReader(range, {
-      readDeadlineMs: configuration.fetch.read_deadline,
-      onRetry: ({ tries, waitMs, error }) => {
-        counted.retries.add(error.kind);
-        layerLog.warn({ tries, waitMs, reason: error.message }, 'trying again');
-      },
-    });
-    await mkdir(cacheDirectory, { recursive: true, mode: 0o700 });
-    const cache = await CacheReader.open(retry, {
-      dir: cacheDirectory,
-      digest,
-      spanSize: configuration.cache.span_size,
-      maxRangeBytes: configuration.fetch.max_range,
-      buffers: this.#buffers,
-      log: layerLog,
-    });
-    return { cache, range };
   }
 }
 

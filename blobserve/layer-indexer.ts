@@ -43,6 +43,8 @@ export interface IndexRequest {
   /** Digest the uncompressed tar must have; empty when nobody said. */
   readonly diffId: string;
   readonly open: () => Promise<IndexableBlob>;
+  /** Makes the files of an index out of one that was published, when there is one that can be used. */
+  readonly published?: (files: LayerIndexFiles) => Promise<LayerIndexRecord | undefined>;
 }
 
 export interface LayerIndexerOptions {
@@ -52,10 +54,10 @@ export interface LayerIndexerOptions {
   readonly workers: number;
   readonly spanSize: number;
   readonly maxUncompressedBytes: number;
-  /** How much may be done again after an interruption; default: that of the indexer. */
-  readonly resumeDistance?: ResumeDistance;
   /** Layers of more entries are refused; with it goes the memory of an indexing thread. Default 1,000,000. */
   readonly maxEntries?: number;
+  /** How much may be done again after an interruption; default: that of the indexer. */
+  readonly resumeDistance?: ResumeDistance;
   /** The compiled scan-thread; default: the one beside this file. */
   readonly scanProgram?: URL;
   readonly log: Logger;
@@ -116,7 +118,12 @@ export class LayerIndexer {
         'index is unusable; making it again',
       );
     }
-    return this.#limit(() => this.#make(request, files));
+    return this.#limit(async () => {
+      const published = await request.published?.(files);
+      if (published === undefined) return this.#make(request, files);
+      await writeIndexRecord(files, published);
+      return published;
+    });
   }
 
   async #make(request: IndexRequest, files: LayerIndexFiles): Promise<LayerIndexRecord> {

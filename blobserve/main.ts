@@ -22,6 +22,7 @@ import { LayerPaths } from './data-path.js';
 import { LayerIndexer } from './layer-indexer.js';
 import { LayerLookup } from './layer-lookup.js';
 import { LayerServer } from './layer-server.js';
+import { PublishedIndexes } from './published/published-indexes.js';
 import { openRegistryClient } from './open-registry-client.js';
 
 interface CommandLine {
@@ -100,7 +101,22 @@ async function main(): Promise<void> {
     maxEntries: index.max_entries,
     log,
   });
-  const paths = new LayerPaths({ configuration, cacheDirectory: layout.cache, client, indexer, log });
+  const published = new PublishedIndexes({
+    registry: client,
+    trust: index.trust,
+    lookupTimeoutMs: index.lookup_timeout,
+    maxBytes: index.max_published,
+    maxUncompressedBytes: index.max_uncompressed,
+    log,
+  });
+  const paths = new LayerPaths({
+    configuration,
+    cacheDirectory: layout.cache,
+    client,
+    indexer,
+    published,
+    log,
+  });
   /** The layers of an image are indexed side by side: whoever wants one will want the others next. */
   const indexSiblings = async (source: control.LayerSource.$Properties): Promise<void> => {
     const layers = await lookup.layers(source, '');

@@ -66,6 +66,14 @@ const listenAddress = z.string().transform((text, context) => {
   }
 });
 
+/** Hours of the local day, "22:00-06:00"; empty: all of it. */
+const dayWindow = z
+  .string()
+  .regex(
+    /^(?:(?:[01]\d|2[0-3]):[0-5]\d-(?:[01]\d|2[0-3]):[0-5]\d)?$/,
+    'expected two times of the day, such as "22:00-06:00"',
+  );
+
 const schema = z.strictObject({
   version: z.literal(1).default(1),
   root: absolutePath.default('/var/lib/erofs-nbd'),
@@ -118,6 +126,25 @@ const schema = z.strictObject({
     .strictObject({
       inflated: size('64MiB', '1MiB', '64GiB'),
       span_size: size('256KiB', '4KiB', '16MiB').refine(powerOfTwo, 'expected a power of two'),
+      max_bytes: size('0B', '0B', '8TiB').refine(
+        (bytes) => bytes === 0 || bytes >= 64 * 2 ** 20,
+        'expected "0B", for no limit, or at least 64MiB',
+      ),
+      min_free: size('1GiB', '0B', '8TiB'),
+      keep_unused: duration('7d', '0s', '3650d'),
+    })
+    .prefault({}),
+  background: z
+    .strictObject({
+      download: z.boolean().default(true),
+      delay: duration('60s', '0s', '30d'),
+      rate: size('0B', '0B', '1TiB'),
+      window: dayWindow.default(''),
+    })
+    .prefault({}),
+  integrity: z
+    .strictObject({
+      verify: z.enum(['complete', 'strict']).default('complete'),
     })
     .prefault({}),
   nbd: z
@@ -154,6 +181,7 @@ const schema = z.strictObject({
     .strictObject({
       attach: z.enum(['eager', 'first-use']).default('eager'),
       restart_backoff_max: duration('10s', '100ms', '10m'),
+      silence_timeout: duration('30s', '2s', '1d'),
     })
     .prefault({}),
 });

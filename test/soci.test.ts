@@ -2,10 +2,9 @@
  * SOCI's own tables of contents, made by its own program from real layers: a tarindex made of one must be the tarindex
  * made of the layer itself.
  */
-import { mkdir, readdir, readFile } from 'node:fs/promises';
+import { readdir, readFile } from 'node:fs/promises';
 import path from 'node:path';
 import { gunzipSync } from 'node:zlib';
-import { execa } from 'execa';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { z } from 'zod';
 import { buildTarIndex } from '../blobserve/layer/erofs/tarindex.js';
@@ -21,11 +20,11 @@ import { LayerTreeBuilder } from '../blobserve/layer/tar/tree-builder.js';
 import { FileReader } from '../blobserve/readers/file.js';
 import { GunzipReader } from '../blobserve/readers/gunzip.js';
 import { InflatedCache } from '../blobserve/readers/inflated-cache.js';
-import { sociProgram } from './debian/packages.js';
 import { blobPath } from './image/layer-blob.js';
 import type { TarEntry } from '../blobserve/layer/tar/entry.js';
 import type { Image } from './image/oci-layout.js';
 import { buildTinyImage } from './image/tiny-image.js';
+import { Soci } from './stack/soci.js';
 import { Stack } from './stack/stack.js';
 
 /** SOCI's index of an image (SOCI's docs, "SOCI index manifest"). */
@@ -70,22 +69,11 @@ describe('a ztoc that soci made', () => {
     const containerd = await stack.startContainerd();
     const reference = await registry.push(image, 'tiny:latest');
     await containerd.ctr('image', 'pull', '--plain-http', '--snapshotter', 'overlayfs', reference);
-    // Its sockets and files are where nobody can choose: in a mount namespace they are ours.
-    const soci = [
-      'mount -t tmpfs none /run && mkdir /run/containerd',
-      'mount -t tmpfs none /var/lib && mkdir /var/lib/soci-snapshotter-grpc',
-      'mount --bind "$4" /var/lib/soci-snapshotter-grpc',
-      'ln -s "$1" /run/containerd/containerd.sock',
-      'exec "$0" --namespace "$2" create --span-size 65536 --min-layer-size 0 "$3"',
-    ].join(' && ');
-    const { address, namespace } = containerd;
-    const made = path.join(stack.directory, 'soci');
-    await mkdir(made);
-    const parameters = [await sociProgram(), address, namespace, reference, made];
-    await execa('unshare', ['--mount', 'sh', '-ec', soci, ...parameters]);
+    const soci = await Soci.create(containerd, path.join(stack.directory, 'soci'));
+    await soci.index(reference);
     const contentOf = (digest: string): Promise<Buffer> =>
-      readFile(path.join(made, 'content/blobs', digest.replace(':', '/')));
-    for (const hex of await readdir(path.join(made, 'content/blobs/sha256'))) {
+      readFile(path.join(soci.directory, 'content/blobs', digest.replace(':', '/')));
+    for (const hex of await readdir(path.join(soci.directory, 'content/blobs/sha256'))) {
       const content = await contentOf(`sha256:${hex}`);
       const parsed =
         content[0] === 0x7b ? indexManifest.safeParse(JSON.parse(content.toString())) : undefined;

@@ -1,0 +1,50 @@
+/** SOCI's own program, which knows one place for its files and one for containerd's socket: in a mount namespace they are ours. */
+import { mkdir } from 'node:fs/promises';
+import { execa } from 'execa';
+import { sociProgram } from '../debian/packages.js';
+import type { Containerd } from './containerd.js';
+
+export class Soci {
+  private constructor(
+    private readonly program: string,
+    private readonly containerd: Containerd,
+    /** SOCI's own content store is below it, in `content/blobs`. */
+    readonly directory: string,
+  ) {}
+
+  static async create(containerd: Containerd, directory: string): Promise<Soci> {
+    await mkdir(directory, { recursive: true });
+    return new Soci(await sociProgram(), containerd, directory);
+  }
+
+  /** Makes the index of an image that this containerd has pulled, all its layers, however small. */
+  async index(reference: string): Promise<void> {
+    await this.#run('create', '--span-size', '65536', '--min-layer-size', '0', reference);
+  }
+
+  async push(reference: string): Promise<void> {
+    await this.#run('push', '--plain-http', reference);
+  }
+
+  async #run(...parameters: string[]): Promise<void> {
+    const { address, namespace } = this.containerd;
+    const script = [
+      'mount -t tmpfs none /run && mkdir /run/containerd',
+      'ln -s "$1" /run/containerd/containerd.sock',
+      'mount -t tmpfs none /var/lib && mkdir /var/lib/soci-snapshotter-grpc',
+      'mount --bind "$2" /var/lib/soci-snapshotter-grpc',
+      'exec "$0" --namespace "$3" "${@:4}"',
+    ].join(' && ');
+    await execa('unshare', [
+      '--mount',
+      'bash',
+      '-ec',
+      script,
+      this.program,
+      address,
+      this.directory,
+      namespace,
+      ...parameters,
+    ]);
+  }
+}
