@@ -3,6 +3,7 @@
  */
 import { Command } from 'commander';
 import { VERSION } from '../daemon/version.js';
+import { addDoctorCommand } from './doctor.js';
 import { addStatusCommand } from './status.js';
 import { addTopCommand } from './top.js';
 import { addPullCommand } from './pull-command.js';
@@ -19,5 +20,6 @@ export function createProgram(): Command {
   addPullCommand(program);
   addStatusCommand(program);
   addTopCommand(program);
+  addDoctorCommand(program);
   return program;
 }
