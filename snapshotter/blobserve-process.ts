@@ -10,6 +10,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import * as grpc from '@grpc/grpc-js';
 import { faultPoint } from '../daemon/fault-point.js';
 import type { Logger } from '../daemon/log.js';
+import { VERSION } from '../daemon/version.js';
 import { control } from '../proto/messages.js';
 import { CallError } from '../proto/unary-call.js';
 import { BlobServeClient } from './blobserve-client.js';
@@ -23,6 +24,7 @@ import {
   waitForEnd,
   writeIdentity,
 } from './process-identity.js';
+import { SilenceWatch } from './silence-watch.js';
 
 const PROGRAM = fileURLToPath(new URL('../blobserve/main.js', import.meta.url));
 
@@ -64,6 +66,10 @@ export interface BlobServeProcessOptions {
   /** Duplicate of the FUSE connection's descriptor for the new process; -1 with nbd. */
   readonly fuseDescriptor: () => number;
   readonly restartBackoffMaxMs: number;
+  /** Milliseconds without an answer after which the process counts as hung. */
+  readonly silenceTimeoutMs: number;
+  /** When a process that is found gives its devices to a new one. */
+  readonly handover: 'never' | 'other-version' | 'always';
   readonly log: Logger;
 }
 
@@ -72,6 +78,7 @@ export class BlobServeProcess {
   readonly #options: BlobServeProcessOptions;
   readonly #log: Logger;
   #identity: ProcessIdentity | undefined;
+  #silence: SilenceWatch | undefined;
   #startedAt = 0;
   #failures = 0;
   #stopped = false;
@@ -157,18 +164,16 @@ export class BlobServeProcess {
    * @param found what `find` returned
    */
   async open(found: control.HelloResponse | undefined): Promise<void> {
-    if (found === undefined || !(await this.#adopt(found))) await this.#start();
+    const { handover } = this.#options;
+    const isKept = handover === 'never' || (handover === 'other-version' && found?.version === VERSION);
+    if (found !== undefined && !isKept) await this.#handOver(found);
+    if (found === undefined || !isKept || !(await this.#adopt(found))) await this.#start();
   }
 
   /** Ends a process that serves nothing that works any more. */
   async end(pid: number): Promise<void> {
-    const identity = await processIdentity(pid);
     this.#stopped = true;
-    if (identity === undefined) return;
-    await signalProcess(identity, 'SIGTERM');
-    if (await waitForEnd(identity, END_TIMEOUT)) return;
-    await signalProcess(identity, 'SIGKILL');
-    await waitForEnd(identity, END_TIMEOUT);
+    await endInOrder(pid);
   }
 
   /** @param listener called once when the process is no longer looked after from here */
@@ -179,6 +184,7 @@ export class BlobServeProcess {
   /** Stops watching. The process goes on serving. Idempotent. */
   release(): void {
     this.#stopped = true;
+    this.#silence?.stop();
     this.client.close();
     this.#onReleased?.();
     this.#onReleased = undefined;
@@ -233,10 +239,19 @@ export class BlobServeProcess {
     }
   }
 
+  /** The old process leaves its devices to the kernel, whose readers wait until the new one has been told of them. */
+  async #handOver(found: control.HelloResponse): Promise<void> {
+    this.#log.info(
+      { pid: found.pid, from: found.version, to: VERSION },
+      'handing the devices over to a new data plane',
+    );
+    await endInOrder(found.pid);
+  }
+
   async #adopt(hello: control.HelloResponse): Promise<boolean> {
     const identity = await processIdentity(hello.pid);
     if (identity === undefined) return false;
-    this.#identity = identity;
+    this.#serves(identity);
     this.#startedAt = Date.now();
     counted.recoveries.add('data plane adopted');
     this.#log.info({ pid: hello.pid, version: hello.version }, 'adopted the running data plane');
@@ -296,7 +311,7 @@ export class BlobServeProcess {
     faultPoint('blobserve-recorded');
     const identity = await answering;
     faultPoint('blobserve-answers');
-    this.#identity = identity;
+    this.#serves(identity);
     child.once('exit', (code, signal) => this.#died(identity, `exit ${signal ?? code}`));
     if (child.exitCode !== null || child.signalCode !== null) this.#died(identity, 'it ended at once');
     log.info({ pid: identity.pid }, 'started the data plane');
@@ -330,6 +345,25 @@ export class BlobServeProcess {
     return Promise.race([answers(), failed]);
   }
 
+  /** From here on calls go to this process, and it is watched whether it answers. */
+  #serves(identity: ProcessIdentity): void {
+    this.#identity = identity;
+    this.#silence?.stop();
+    this.#silence = new SilenceWatch({
+      pid: identity.pid,
+      ask: async (timeoutMs) => (await this.client.hello(timeoutMs)).pid === identity.pid,
+      silenceMs: this.#options.silenceTimeoutMs,
+      onSilent: (silentMs) => {
+        if (this.#stopped || this.#ending || this.#identity !== identity) return;
+        this.#log.error(
+          { pid: identity.pid, silentMs },
+          'the data plane runs and does not answer: replacing it',
+        );
+        void signalProcess(identity, 'SIGKILL');
+      },
+    });
+  }
+
   /** Waits for the process to be gone, and for that to be noticed; false when it is not going. */
   async #isGone(asked: ProcessIdentity | undefined): Promise<boolean> {
     if (asked === undefined) {
@@ -345,6 +379,7 @@ export class BlobServeProcess {
   #died(identity: ProcessIdentity, how: string): void {
     if (this.#stopped || this.#ending || this.#identity !== identity) return;
     this.#identity = undefined;
+    this.#silence?.stop();
     this.#log.error({ pid: identity.pid, how }, 'the data plane died; starting another');
     if (Date.now() - this.#startedAt > STEADY_AFTER) this.#failures = 0;
     this.#ready = this.#restart();
@@ -369,4 +404,14 @@ export class BlobServeProcess {
       }
     }
   }
+}
+
+/** SIGTERM, upon which what was fetched is written down; SIGKILL for one that takes too long. */
+async function endInOrder(pid: number): Promise<void> {
+  const identity = await processIdentity(pid);
+  if (identity === undefined) return;
+  await signalProcess(identity, 'SIGTERM');
+  if (await waitForEnd(identity, END_TIMEOUT)) return;
+  await signalProcess(identity, 'SIGKILL');
+  await waitForEnd(identity, END_TIMEOUT);
 }

@@ -37,6 +37,8 @@ export interface DaemonOptions {
   readonly configuration: Configuration;
   /** Arguments the data plane is started with as well. */
   readonly sharedArguments: readonly string[];
+  /** Replace the running data plane, of whichever version it is. */
+  readonly handover: boolean;
   readonly log: Logger;
 }
 
@@ -57,6 +59,7 @@ export class Daemon {
   #server: grpc.Server | undefined;
   #snapshotter: Snapshotter | undefined;
   #dataPlane: Promise<BlobServeProcess> | undefined;
+  #stopping = false;
   #containerd: ContainerdClient | undefined;
   #metrics: MetricsServer | undefined;
 
@@ -82,9 +85,7 @@ export class Daemon {
     this.#server = server;
     this.#log.info({ version: VERSION, address: configuration.address, root: this.#layout.root }, 'ready');
     await this.#startMetrics();
-    this.#recover(attachments).catch((error: unknown) => {
-      this.#log.error({ err: error }, 'layers cannot be attached; everything else works');
-    });
+    void this.#recover(attachments);
   }
 
   /** Without them containers run as well: an address that is taken is no reason not to start. */
@@ -111,6 +112,7 @@ export class Daemon {
 
   /** Ends this process's part. The data plane goes on when anything is attached. */
   async stop(): Promise<void> {
+    this.#stopping = true;
     await this.#metrics?.close();
     await this.#stopServer();
     const settled = await Promise.race([
@@ -209,6 +211,7 @@ export class Daemon {
       layout: this.#layout,
       args: this.#options.sharedArguments,
       mounter: this.#mounter,
+      handover: this.#options.handover,
       log: this.#log,
     }).then(
       (dataPlane) => {
@@ -223,9 +226,24 @@ export class Daemon {
     return this.#dataPlane;
   }
 
+  /** Until it is done: readers may be waiting, and nobody else tells the data plane what to serve. */
   async #recover(attachments: LayerAttachments): Promise<void> {
-    await this.#dataPlaneOf(attachments);
-    await attachments.recover(this.#options.configuration.recovery.attach === 'eager');
+    const { attach, restart_backoff_max: longest } = this.#options.configuration.recovery;
+    let said = '';
+    for (let pause = 100; !this.#stopping; pause = Math.min(pause * 2, longest)) {
+      try {
+        await this.#dataPlaneOf(attachments);
+        await attachments.recover(attach === 'eager');
+        return;
+      } catch (error) {
+        const message = String(error);
+        // The same reason for hours is worth one line.
+        const level = message === said ? 'debug' : 'error';
+        said = message;
+        this.#log[level]({ err: error }, 'layers cannot be attached yet; everything else works');
+      }
+      await sleep(pause, undefined, { ref: false });
+    }
   }
 
   async #stopServer(): Promise<void> {

@@ -21,6 +21,8 @@ export interface DataPlaneOptions {
   /** Arguments both daemons share: `--config`, `--root`, `--log-level` as given. */
   readonly args: readonly string[];
   readonly mounter: Mounter;
+  /** A data plane that runs is replaced by a new one, which takes its devices over. */
+  readonly handover: boolean;
   readonly log: Logger;
 }
 
@@ -46,6 +48,9 @@ export async function openDataPlane(options: DataPlaneOptions): Promise<BlobServ
       backendReason: choice.reason,
       fuseDescriptor: () => connection?.descriptor ?? -1,
       restartBackoffMaxMs: configuration.recovery.restart_backoff_max,
+      silenceTimeoutMs: configuration.recovery.silence_timeout,
+      // Without netlink a device dies with its server: the old one goes on as long as it can.
+      handover: !choice.survives ? 'never' : options.handover ? 'always' : 'other-version',
       log,
     });
   let dataPlane = create();

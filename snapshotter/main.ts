@@ -17,6 +17,7 @@ interface CommandLine {
   address?: string;
   logLevel?: string;
   teardown?: true;
+  handover?: true;
 }
 
 const command = new Command('erofs-nbd-snapshotter')
@@ -27,6 +28,7 @@ const command = new Command('erofs-nbd-snapshotter')
   .option('--address <socket>', 'socket for containerd (default: /run/erofs-nbd/snapshotter.sock)')
   .addOption(new Option('--log-level <level>', 'how much to log').choices([...LOG_LEVELS]))
   .option('--teardown', 'detach every layer, end the data plane, and exit: before an uninstall')
+  .option('--handover', 'replace the running data plane by a new one, which takes its devices over')
   .showHelpAfterError()
   .configureOutput({ outputError: (text, write) => write(text) })
   .exitOverride((error) => process.exit(error.exitCode === 0 ? 0 : 2));
@@ -57,7 +59,12 @@ async function main(): Promise<void> {
     '--log-level',
     configuration.log.level,
   ];
-  const daemon = new Daemon({ configuration, sharedArguments: shared, log });
+  const daemon = new Daemon({
+    configuration,
+    sharedArguments: shared,
+    handover: options.handover === true,
+    log,
+  });
   if (options.teardown === true) {
     await daemon.teardown();
     return;
