@@ -1,6 +1,6 @@
 /**
  * Indexes that others have made and published beside an image: found once for an image, fetched for a layer, turned into
- * this node's own form by a thread. Whatever is wrong with one, the layer is indexed here instead.
+ * this node's own form by a thread. Whatever is wrong with one, the next is tried, and at last the layer is indexed here.
  */
 import { Worker } from 'node:worker_threads';
 import { LRUCache } from 'lru-cache';
@@ -8,8 +8,14 @@ import type { Logger } from '../../daemon/log.js';
 import type { LayerIndexFiles, LayerIndexRecord } from '../layer/index/layer-index.js';
 import type { ZtocThreadData, ZtocThreadReply } from '../layer/soci/ztoc-thread.js';
 import type { BlobReader } from '../readers/blob-reader.js';
+import type { Descriptor } from '../registry/manifest.js';
 import { formatReference, parseReference, type Reference } from '../registry/reference.js';
-import { findSociIndex, type IndexRegistry, type SociIndex } from './soci-indexes.js';
+import type { PublishedLayer } from './artifact.js';
+import type { ArtifactImport } from './artifact-import.js';
+import { type ArtifactIndex, findArtifact } from './artifact-indexes.js';
+import type { ArtifactThreadReply } from './artifact-thread.js';
+import type { IndexRegistry } from './index-registry.js';
+import { findSociIndex, type SociIndex } from './soci-indexes.js';
 
 /** Whose index is believed before the layer is here as a whole: one the image names, any that refers to it, or nobody's. */
 export type IndexTrust = 'pinned' | 'referrers' | 'none';
@@ -26,9 +32,7 @@ export interface PublishedIndexRequest {
 }
 
 export interface PublishedIndexesOptions {
-  readonly registry: IndexRegistry & {
-    fetchBlob(reference: Reference, digest: string, maxBytes: number, signal?: AbortSignal): Promise<Buffer>;
-  };
+  readonly registry: IndexRegistry;
   readonly trust: IndexTrust;
   /** Milliseconds that looking for an image's index may take. */
   readonly lookupTimeoutMs: number;
@@ -36,10 +40,28 @@ export interface PublishedIndexesOptions {
   readonly maxBytes: number;
   /** Most bytes of an uncompressed layer. */
   readonly maxUncompressedBytes: number;
-  /** The compiled ztoc-thread; default: the one in the layer's directory. */
-  readonly program?: URL;
   readonly log: Logger;
 }
+
+type Image = Reference & { readonly digest: string };
+
+/** What was published for an image. */
+interface Published {
+  readonly artifact: ArtifactIndex | undefined;
+  readonly soci: SociIndex | undefined;
+}
+
+/** A layer's index to be made: from what, and how. */
+interface Candidate {
+  readonly kind: 'erofs-nbd' | 'soci';
+  readonly index: { readonly digest: string; readonly pinned: boolean };
+  readonly make: () => Promise<LayerIndexRecord>;
+}
+
+type Message = ArtifactThreadReply | ZtocThreadReply;
+
+const ARTIFACT_THREAD = new URL('./artifact-thread.js', import.meta.url);
+const ZTOC_THREAD = new URL('../layer/soci/ztoc-thread.js', import.meta.url);
 
 /** Images whose answer is kept, and for how many milliseconds: an index may be published later. */
 const IMAGES_MAX = 256;
@@ -49,7 +71,7 @@ const FAILED_KEPT_MS = 60_000;
 
 export class PublishedIndexes {
   readonly #options: PublishedIndexesOptions;
-  readonly #images = new LRUCache<string, Promise<SociIndex | undefined>>({ max: IMAGES_MAX, ttl: KEPT_MS });
+  readonly #images = new LRUCache<string, Promise<Published | undefined>>({ max: IMAGES_MAX, ttl: KEPT_MS });
 
   constructor(options: PublishedIndexesOptions) {
     this.#options = options;
@@ -58,7 +80,7 @@ export class PublishedIndexes {
   /**
    * Writes the files of an index that was published for the layer.
    *
-   * @param openBlob the layer's blob, of which some bytes are read; closed here
+   * @param openBlob the layer's blob, of which some bytes may be read; closed here
    * @returns the record that makes an index of the files, or undefined when there is nothing that can be used: the log
    *   says why
    */
@@ -67,41 +89,52 @@ export class PublishedIndexes {
     files: LayerIndexFiles,
     openBlob: () => Promise<BlobReader>,
   ): Promise<LayerIndexRecord | undefined> {
-    const { trust, registry, maxBytes, log } = this.#options;
+    const { trust, log } = this.#options;
     if (trust === 'none' || request.manifestDigest === '' || request.diffId === '') return undefined;
-    const about = { layer: request.digest, image: request.imageRef };
-    try {
-      const image = { ...parseReference(request.imageRef), digest: request.manifestDigest };
-      const index = await this.#find(image);
-      const ztoc = index?.ztocs.get(request.digest);
-      if (index === undefined || ztoc === undefined) return undefined;
-      if (ztoc.size > maxBytes) {
-        throw new Error(`it has ${ztoc.size} bytes; index.max_published allows ${maxBytes}`);
+    const image = { ...parseReference(request.imageRef), digest: request.manifestDigest };
+    const published = await this.#find(image);
+    for (const { kind, index, make } of this.#candidates(published, image, request, files, openBlob)) {
+      const about = { layer: request.digest, image: request.imageRef, kind, index: index.digest };
+      try {
+        const record = await make();
+        log.info({ ...about, pinned: index.pinned }, 'took a published index');
+        return { ...record, origin: { kind, digest: index.digest } };
+      } catch (error) {
+        log.warn({ ...about, reason: String(error) }, 'a published index cannot be used');
       }
-      const bytes = await registry.fetchBlob(image, ztoc.digest, maxBytes);
-      const record = await this.#import(bytes, request, files, openBlob);
-      log.info(
-        { ...about, index: index.digest, pinned: index.pinned, bytes: ztoc.size },
-        'took SOCI’s index',
-      );
-      return { ...record, origin: { kind: 'soci', digest: index.digest } };
-    } catch (error) {
-      log.warn(
-        { ...about, reason: String(error) },
-        'the published index cannot be used: the layer is indexed here',
-      );
-      return undefined;
+    }
+    return undefined;
+  }
+
+  *#candidates(
+    published: Published | undefined,
+    image: Image,
+    request: PublishedIndexRequest,
+    files: LayerIndexFiles,
+    openBlob: () => Promise<BlobReader>,
+  ): Generator<Candidate> {
+    const { artifact, soci } = published ?? {};
+    const layer = artifact?.layers.get(request.digest);
+    if (artifact !== undefined && layer !== undefined) {
+      const make = () => this.#importArtifact(image, layer, request, files);
+      yield { kind: 'erofs-nbd', index: artifact, make };
+    }
+    const ztoc = soci?.ztocs.get(request.digest);
+    if (soci !== undefined && ztoc !== undefined) {
+      yield {
+        kind: 'soci',
+        index: soci,
+        make: () => this.#importZtoc(image, ztoc, request, files, openBlob),
+      };
     }
   }
 
-  #find(image: Reference & { readonly digest: string }): Promise<SociIndex | undefined> {
+  #find(image: Image): Promise<Published | undefined> {
     const key = formatReference(image);
     const known = this.#images.get(key);
     if (known !== undefined) return known;
-    const { registry, trust, lookupTimeoutMs, log } = this.#options;
-    const signal = AbortSignal.timeout(lookupTimeoutMs);
-    const finding = findSociIndex(registry, image, trust === 'referrers', signal).catch((error: unknown) => {
-      log.debug({ image: key, err: error }, 'no published index could be looked for');
+    const finding = this.#ask(image).catch((error: unknown) => {
+      this.#options.log.debug({ image: key, err: error }, 'no published index could be looked for');
       this.#images.set(key, Promise.resolve(undefined), { ttl: FAILED_KEPT_MS });
       return undefined;
     });
@@ -109,16 +142,61 @@ export class PublishedIndexes {
     return finding;
   }
 
-  async #import(
-    ztoc: Buffer,
-    request: PublishedIndexRequest,
+  async #ask(image: Image): Promise<Published> {
+    const { registry, trust, lookupTimeoutMs, log } = this.#options;
+    const signal = AbortSignal.timeout(lookupTimeoutMs);
+    const manifest = await registry.fetchManifest(image, { signal });
+    const annotations = (manifest.kind === 'manifest' && manifest.manifest.annotations) || {};
+    const referrers = trust === 'referrers';
+    const artifact = await findArtifact(registry, image, annotations, referrers, signal).catch(
+      (error: unknown) => {
+        if (signal.aborted) throw error;
+        log.warn(
+          { image: formatReference(image), reason: String(error) },
+          'a published index cannot be used',
+        );
+        return undefined;
+      },
+    );
+    return { artifact, soci: await findSociIndex(registry, image, annotations, referrers, signal) };
+  }
+
+  async #importArtifact(
+    image: Image,
+    layer: PublishedLayer,
+    { digest, size, diffId }: PublishedIndexRequest,
+    files: LayerIndexFiles,
+  ): Promise<LayerIndexRecord> {
+    const { maxBytes, maxUncompressedBytes } = this.#options;
+    const [tarindex, checkpoints] = await Promise.all([
+      this.#fetch(image, layer.tarindex),
+      this.#fetch(image, layer.checkpoints),
+    ]);
+    const data: ArtifactImport = {
+      files,
+      record: layer.index,
+      tarindex,
+      checkpoints,
+      digest,
+      size,
+      diffId,
+      maxUncompressedBytes,
+      // A tarindex is names and numbers: gzip makes a fifth of it, or less.
+      maxTarindexBytes: 8 * maxBytes,
+    };
+    return runThread(ARTIFACT_THREAD, data);
+  }
+
+  async #importZtoc(
+    image: Image,
+    ztoc: Descriptor,
+    { digest, size, diffId }: PublishedIndexRequest,
     files: LayerIndexFiles,
     openBlob: () => Promise<BlobReader>,
   ): Promise<LayerIndexRecord> {
-    const { digest, size, diffId } = request;
     const { maxBytes, maxUncompressedBytes } = this.#options;
-    const workerData: ZtocThreadData = {
-      ztoc,
+    const data: ZtocThreadData = {
+      ztoc: await this.#fetch(image, ztoc),
       files,
       digest,
       size,
@@ -127,21 +205,37 @@ export class PublishedIndexes {
       // Each byte of it is used once in a table that is not made to be large.
       maxMetadataBytes: 2 * maxBytes,
     };
-    const program = this.#options.program ?? new URL('../layer/soci/ztoc-thread.js', import.meta.url);
-    const worker = new Worker(program, { workerData });
-    try {
-      return await new Promise<LayerIndexRecord>((resolve, reject) => {
-        worker.on('message', (reply: ZtocThreadReply) => {
-          if ('record' in reply) resolve(reply.record);
-          else if ('failed' in reply) reject(new Error(reply.failed));
-          else readRange(openBlob, reply.needs).then((tail) => worker.postMessage(tail), reject);
-        });
-        worker.once('error', reject);
-        worker.once('exit', (code) => reject(new Error(`its thread ended with ${code}`)));
-      });
-    } finally {
-      await worker.terminate();
+    return runThread(ZTOC_THREAD, data, (range) => readRange(openBlob, range));
+  }
+
+  #fetch(image: Image, blob: { readonly digest: string; readonly size: number }): Promise<Buffer> {
+    const { registry, maxBytes } = this.#options;
+    if (blob.size > maxBytes) {
+      throw new Error(`${blob.digest} has ${blob.size} bytes; index.max_published allows ${maxBytes}`);
     }
+    return registry.fetchBlob(image, blob.digest, maxBytes);
+  }
+}
+
+/** Runs one of the threads that make an index, and gives it what it asks for of the layer. */
+async function runThread(
+  program: URL,
+  workerData: ArtifactImport | ZtocThreadData,
+  read?: (range: { readonly start: number; readonly end: number }) => Promise<Buffer>,
+): Promise<LayerIndexRecord> {
+  const worker = new Worker(program, { workerData });
+  try {
+    return await new Promise<LayerIndexRecord>((resolve, reject) => {
+      worker.on('message', (reply: Message) => {
+        if ('record' in reply) resolve(reply.record);
+        else if ('failed' in reply) reject(new Error(reply.failed));
+        else read?.(reply.needs).then((bytes) => worker.postMessage(bytes), reject);
+      });
+      worker.once('error', reject);
+      worker.once('exit', (code) => reject(new Error(`its thread ended with ${code}`)));
+    });
+  } finally {
+    await worker.terminate();
   }
 }
 

@@ -4,27 +4,13 @@
  * Source: soci-snapshotter, soci/soci_index.go. Version 2 is named by an annotation of the image's manifest, so whoever
  * pins the image pins the index; version 1 refers to the image, so whoever may push to the repository may make one.
  */
-import type { Descriptor, FetchedManifest } from '../registry/manifest.js';
+import type { Descriptor } from '../registry/manifest.js';
 import type { Reference } from '../registry/reference.js';
+import type { IndexRegistry } from './index-registry.js';
 
 const INDEX_ANNOTATION = 'com.amazon.soci.index-digest';
 const LAYER_ANNOTATION = 'com.amazon.soci.image-layer-digest';
 export const SOCI_INDEX_V1 = 'application/vnd.amazon.soci.index.v1+json';
-
-/** What is asked of a registry for it. */
-export interface IndexRegistry {
-  fetchManifest(
-    reference: Reference,
-    expected?: { readonly size?: number; readonly signal?: AbortSignal },
-  ): Promise<FetchedManifest>;
-  /** Manifests of a kind that refer to another manifest, newest last as far as registries keep an order. */
-  referrers(
-    reference: Reference,
-    digest: string,
-    artifactType: string,
-    signal?: AbortSignal,
-  ): Promise<readonly Descriptor[]>;
-}
 
 /** What was published for an image. */
 export interface SociIndex {
@@ -38,6 +24,7 @@ export interface SociIndex {
 
 /**
  * @param image by the digest of the manifest of a platform
+ * @param annotations of that manifest
  * @param referrers whether an index counts that only refers to the image
  * @returns undefined when there is none
  * @throws {RegistryError} when the registry cannot be asked
@@ -45,16 +32,14 @@ export interface SociIndex {
 export async function findSociIndex(
   registry: IndexRegistry,
   image: Reference & { readonly digest: string },
+  annotations: Readonly<Record<string, string>>,
   referrers: boolean,
   signal: AbortSignal,
 ): Promise<SociIndex | undefined> {
-  const fetched = await registry.fetchManifest(image, { signal });
-  const annotations = fetched.kind === 'manifest' ? fetched.manifest.annotations : undefined;
-  const named = annotations?.[INDEX_ANNOTATION];
+  const named = annotations[INDEX_ANNOTATION];
   if (named !== undefined) return open(registry, image, { digest: named }, true, signal);
   if (!referrers) return undefined;
-  const found = await registry.referrers(image, image.digest, SOCI_INDEX_V1, signal);
-  const newest = found.at(-1);
+  const newest = (await registry.referrers(image, image.digest, SOCI_INDEX_V1, signal)).at(-1);
   return newest === undefined ? undefined : open(registry, image, newest, false, signal);
 }
 

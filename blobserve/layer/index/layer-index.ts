@@ -20,7 +20,8 @@ const DIGEST = /^sha256:[0-9a-f]{64}$/;
 /** Version of the record's format, and of what the files beside it are. */
 export const INDEX_FORMAT = 1;
 
-const schema = z
+/** The record's form, on this node and where an index is published. */
+export const layerIndexSchema = z
   .strictObject({
     format: z.literal(INDEX_FORMAT),
     /** Digest of the blob. */
@@ -40,7 +41,9 @@ const schema = z
     /** Bytes of the device: tarindex, tar, and zeros up to a whole block. */
     deviceSize: z.int().min(BLOCK),
     /** Whose index it was made from, by the digest of what was published; absent: made here, from the layer itself. */
-    origin: z.strictObject({ kind: z.literal('soci'), digest: z.string().regex(DIGEST) }).optional(),
+    origin: z
+      .strictObject({ kind: z.enum(['erofs-nbd', 'soci']), digest: z.string().regex(DIGEST) })
+      .optional(),
   })
   .refine(
     ({ deviceSize, tarindexSize, tarSize }) =>
@@ -58,7 +61,7 @@ const schema = z
   );
 
 /** What the files belong to. Sizes in bytes. */
-export type LayerIndexRecord = z.output<typeof schema>;
+export type LayerIndexRecord = z.output<typeof layerIndexSchema>;
 
 /** An index that cannot be used: damaged, or of another blob. It can be made again. */
 export class LayerIndexError extends Error {
@@ -97,19 +100,24 @@ async function sync(name: string): Promise<void> {
   }
 }
 
-/** Says that the other files are there and belong together. They are on disk before this is. */
-export async function writeIndexRecord(files: LayerIndexFiles, record: LayerIndexRecord): Promise<void> {
-  await sync(files.tarindex);
-  // The checkpoints are synchronised by who wrote them (gzip/zwin.ts).
-  const temporary = `${files.record}.partial`;
+/** Writes one of the files so that it is there as a whole or not at all, also after a power cut. */
+export async function writeIndexFile(file: string, bytes: Uint8Array): Promise<void> {
+  const temporary = `${file}.partial`;
   const handle = await open(temporary, 'w', 0o600);
   try {
-    await handle.writeFile(`${JSON.stringify(record, null, 1)}\n`);
+    await handle.writeFile(bytes);
     await handle.sync();
   } finally {
     await handle.close();
   }
-  await rename(temporary, files.record);
+  await rename(temporary, file);
+}
+
+/** Says that the other files are there and belong together. They are on disk before this is. */
+export async function writeIndexRecord(files: LayerIndexFiles, record: LayerIndexRecord): Promise<void> {
+  await sync(files.tarindex);
+  // The checkpoints are synchronised by who wrote them (gzip/zwin.ts).
+  await writeIndexFile(files.record, Buffer.from(`${JSON.stringify(record, null, 1)}\n`));
   await sync(path.dirname(files.record));
 }
 
@@ -138,7 +146,7 @@ export async function readIndexRecord(
   } catch {
     throw new LayerIndexError(`${files.record}: not JSON`);
   }
-  const parsed = schema.safeParse(document);
+  const parsed = layerIndexSchema.safeParse(document);
   if (!parsed.success) throw new LayerIndexError(`${files.record}: ${z.prettifyError(parsed.error)}`);
   const record = parsed.data;
   if (record.digest !== blob.digest || record.blobSize !== blob.size) {

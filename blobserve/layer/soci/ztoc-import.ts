@@ -5,7 +5,6 @@
  * Plain calls that use a core for as long as they run: for a thread of its own (ztoc-thread.ts).
  */
 import { createHash } from 'node:crypto';
-import { open, rename } from 'node:fs/promises';
 import { checkTarIndex } from '../erofs/check.js';
 import { buildTarIndex } from '../erofs/tarindex.js';
 import type { ByteRange } from '../gzip/checkpoints.js';
@@ -13,8 +12,14 @@ import { openRawInflater } from '../gzip/raw-inflater.js';
 import { inflatedLength } from '../gzip/tail-length.js';
 import { bytesSource, ZinfoIndex } from '../gzip/zinfo.js';
 import { importIndex } from '../gzip/zwin.js';
-import { clearIndex, digestFile, INDEX_FORMAT, type LayerIndexFiles } from '../index/layer-index.js';
-import type { LayerIndexRecord } from '../index/layer-index.js';
+import {
+  clearIndex,
+  digestFile,
+  INDEX_FORMAT,
+  type LayerIndexFiles,
+  type LayerIndexRecord,
+  writeIndexFile,
+} from '../index/layer-index.js';
 import { LayerTreeBuilder } from '../tar/tree-builder.js';
 import { ZtocError } from './flat-table.js';
 import { Ztoc } from './ztoc.js';
@@ -79,7 +84,7 @@ export class ZtocImport {
       const tarindex = buildTarIndex(tree.finish(), tarSize);
       const image = Buffer.concat([...tarindex.chunks()]);
       checkTarIndex(image, tarSize);
-      await writeDurably(files.tarindex, image);
+      await writeIndexFile(files.tarindex, image);
       const spans = bytesSource(this.#ztoc.checkpoints);
       const sizes = { compressed: size, uncompressed: tarSize };
       await importIndex(await ZinfoIndex.open(spans, sizes, this.#ztoc.spanDigests), files.checkpoints);
@@ -122,16 +127,4 @@ export class ZtocImport {
       inflater.close();
     }
   }
-}
-
-async function writeDurably(file: string, bytes: Buffer): Promise<void> {
-  const temporary = `${file}.partial`;
-  const handle = await open(temporary, 'w', 0o600);
-  try {
-    await handle.writeFile(bytes);
-    await handle.sync();
-  } finally {
-    await handle.close();
-  }
-  await rename(temporary, file);
 }

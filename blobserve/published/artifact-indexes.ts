@@ -1,0 +1,43 @@
+/** Finds our own index of an image in its registry: named by the image's manifest, or referring to it. */
+import type { Reference } from '../registry/reference.js';
+import { ARTIFACT_TYPE, ArtifactError, CONFIG_MAX, decodeConfig, type PublishedLayer } from './artifact.js';
+import type { IndexRegistry } from './index-registry.js';
+
+/** In the annotations of an image's manifest: the digest of its index. */
+export const INDEX_ANNOTATION = 'io.erofs-nbd.index-digest';
+
+export interface ArtifactIndex {
+  /** Of the artifact's manifest. */
+  readonly digest: string;
+  /** Whether the image's own manifest names it. */
+  readonly pinned: boolean;
+  /** By the digest of the layer. */
+  readonly layers: ReadonlyMap<string, PublishedLayer>;
+}
+
+/**
+ * @param image by the digest of the manifest of a platform
+ * @param annotations of that manifest
+ * @param referrers whether an index counts that only refers to the image
+ * @returns undefined when there is none
+ * @throws {RegistryError | ArtifactError} when the registry cannot be asked, or what it has is not ours
+ */
+export async function findArtifact(
+  registry: IndexRegistry,
+  image: Reference & { readonly digest: string },
+  annotations: Readonly<Record<string, string>>,
+  referrers: boolean,
+  signal: AbortSignal,
+): Promise<ArtifactIndex | undefined> {
+  const named = annotations[INDEX_ANNOTATION];
+  const found =
+    named === undefined && referrers
+      ? (await registry.referrers(image, image.digest, ARTIFACT_TYPE, signal)).at(-1)?.digest
+      : named;
+  if (found === undefined) return undefined;
+  const { host, repository } = image;
+  const fetched = await registry.fetchManifest({ host, repository, digest: found }, { signal });
+  if (fetched.kind !== 'manifest') throw new ArtifactError(`${found} is an index of manifests`);
+  const config = await registry.fetchBlob(image, fetched.manifest.config.digest, CONFIG_MAX, signal);
+  return { digest: fetched.digest, pinned: named !== undefined, layers: decodeConfig(config) };
+}
