@@ -10,6 +10,7 @@
  * from `initialDelayMs` to `maxDelayMs`, each shortened by chance to between half and all of it so that readers that
  * failed together do not come back together. A Retry-After is waited for in full.
  */
+import { setMaxListeners } from 'node:events';
 import { setTimeout as delay } from 'node:timers/promises';
 import { ReadError, type BlobReader } from './blob-reader.js';
 
@@ -61,6 +62,8 @@ export class RetryReader implements BlobReader {
     this.#now = options.now ?? (() => performance.now());
     this.#wait = options.wait ?? (async (ms, signal) => delay(ms, undefined, { signal }));
     this.#random = options.random ?? Math.random;
+    // As many reads wait as readers there are; that is no leak.
+    setMaxListeners(0, this.#closing.signal);
   }
 
   get size(): number {

@@ -91,9 +91,9 @@ describe('a host', () => {
     const { health, clock, enter } = host(1);
     const pass = await enter();
     const waits = enter();
-    health.rest(3_600_000);
+    health.rest(3_600_000, 'answered 429');
     pass.leave('unknown');
-    await expect(waits).rejects.toMatchObject({ leftMs: 60_000, asked: true });
+    await expect(waits).rejects.toMatchObject({ leftMs: 60_000, asked: true, trouble: 'answered 429' });
     clock.now += 60_000;
     (await enter()).leave('well');
     await enter();

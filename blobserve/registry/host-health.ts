@@ -12,23 +12,40 @@
  * per read.
  */
 
-/** How an exchange went: `dead` without any answer, `failed` with one that says trouble or breaks off. */
-export type Outcome = 'well' | 'failed' | 'dead' | 'unknown';
+/**
+ * How an exchange went: `dead` without any answer, `failed` with one that says trouble or breaks off at once, `broken`
+ * with one that breaks off later.
+ */
+export type Outcome = 'well' | 'failed' | 'dead' | 'broken' | 'unknown';
 
 export interface Tolerance {
   /** Failures in a row before the host is left alone. */
   readonly failures: number;
   /** How many failures an exchange without any answer counts as. */
   readonly deadCounts: number;
+  /** How many failures an answer counts as that breaks off later: where there is no other place, it is progress. */
+  readonly brokenCounts: number;
   /** First rest, in milliseconds; each further one is twice as long. */
   readonly restMs: number;
   readonly maxRestMs: number;
 }
 
 /** For the only place that has the bytes. */
-export const ONLY_PLACE: Tolerance = { failures: 5, deadCounts: 1, restMs: 250, maxRestMs: 5000 };
+export const ONLY_PLACE: Tolerance = {
+  failures: 5,
+  deadCounts: 1,
+  brokenCounts: 0,
+  restMs: 250,
+  maxRestMs: 5000,
+};
 /** For a place that others can stand in for. */
-export const ONE_OF_SEVERAL: Tolerance = { failures: 3, deadCounts: 3, restMs: 10_000, maxRestMs: 300_000 };
+export const ONE_OF_SEVERAL: Tolerance = {
+  failures: 3,
+  deadCounts: 3,
+  brokenCounts: 1,
+  restMs: 10_000,
+  maxRestMs: 300_000,
+};
 
 /** For what may fail though the host is well. */
 export const ANYTHING: Tolerance = { ...ONLY_PLACE, failures: Number.POSITIVE_INFINITY };
@@ -47,6 +64,8 @@ export class RestingError extends Error {
     readonly leftMs: number,
     /** The host asked for it. */
     readonly asked: boolean,
+    /** What went wrong the last time. */
+    readonly trouble: string,
   ) {
     super(`the host is left alone for another ${leftMs} ms`);
   }
@@ -54,8 +73,12 @@ export class RestingError extends Error {
 
 /** The right to one exchange. */
 export interface Pass {
-  /** Tells how it went and makes room for the next. Only the first call counts. */
-  leave(outcome: Outcome): void;
+  /**
+   * Tells how it went and makes room for the next. Only the first call counts.
+   *
+   * @param trouble what went wrong, for those who are told to come again
+   */
+  leave(outcome: Outcome, trouble?: string): void;
 }
 
 export interface HostHealthOptions {
@@ -78,6 +101,7 @@ export class HostHealth {
   #rests = 0;
   #restsUntil = 0;
   #asked = false;
+  #trouble = '';
   /** One exchange is finding out whether the host is back. */
   #tried = false;
 
@@ -85,6 +109,11 @@ export class HostHealth {
     this.#places = options.places;
     this.#now = options.now ?? (() => performance.now());
     this.#random = options.random ?? Math.random;
+  }
+
+  /** What went wrong the last time; empty when nothing did. */
+  get trouble(): string {
+    return this.#trouble;
   }
 
   /** Exchanges that are waiting in line. */
@@ -128,9 +157,10 @@ export class HostHealth {
     if (trial) this.#tried = true;
     let left = false;
     return {
-      leave: (outcome) => {
+      leave: (outcome, trouble) => {
         if (left) return;
         left = true;
+        if (trouble !== undefined) this.#trouble = trouble;
         if (trial) this.#tried = false;
         this.#learn(outcome, tolerance, trial);
         this.#next();
@@ -144,7 +174,8 @@ export class HostHealth {
   }
 
   /** The host asked to be left alone for so many milliseconds. */
-  rest(ms: number): void {
+  rest(ms: number, trouble: string): void {
+    this.#trouble = trouble;
     this.#rests = Math.max(this.#rests, 1);
     this.#restsUntil = Math.max(this.#restsUntil, this.#now() + Math.min(ms, MAX_ASKED_REST));
     this.#asked = true;
@@ -154,8 +185,8 @@ export class HostHealth {
   #checkRest(): boolean {
     if (this.#rests === 0) return false;
     const left = Math.ceil(this.#restsUntil - this.#now());
-    if (left > 0) throw new RestingError(left, this.#asked);
-    if (this.#tried) throw new RestingError(WHILE_TRIED, this.#asked);
+    if (left > 0) throw new RestingError(left, this.#asked, this.#trouble);
+    if (this.#tried) throw new RestingError(WHILE_TRIED, this.#asked, this.#trouble);
     return true;
   }
 
@@ -170,7 +201,13 @@ export class HostHealth {
       return;
     }
     if (this.#rests > 0 && !trial) return;
-    this.#failures += outcome === 'dead' ? tolerance.deadCounts : 1;
+    const counts = { failed: 1, dead: tolerance.deadCounts, broken: tolerance.brokenCounts }[outcome];
+    if (counts === 0) {
+      // It was tried, and bytes came.
+      if (trial) this.#rests = 0;
+      return;
+    }
+    this.#failures += counts;
     if (this.#rests === 0 && this.#failures < tolerance.failures) return;
     const full = Math.min(tolerance.restMs * 2 ** Math.min(this.#rests, 30), tolerance.maxRestMs);
     this.#rests++;

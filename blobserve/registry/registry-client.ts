@@ -61,6 +61,10 @@ interface RepositoryRequest {
   readonly capability: Capability;
   readonly headers: Readonly<Record<string, string>>;
   readonly signal?: AbortSignal | undefined;
+  /** Default: GET, answered with one of {@link CONTENT}. */
+  readonly method?: 'HEAD' | 'POST' | 'PUT';
+  readonly body?: Buffer;
+  readonly answers?: ReadonlySet<number>;
 }
 
 /** An endpoint that is asked, and what is remembered of the object there. */
@@ -78,6 +82,7 @@ const MAX_ERROR_BODY = 65_536;
 const MAX_LOCATIONS = 10_000;
 /** Answers to challenges in one request: a token that was over, and a few credentials. */
 const MAX_CHALLENGES = 8;
+const CONTENT: ReadonlySet<number> = new Set([200, 206]);
 /** What registries without the referrers API answer. */
 const NO_REFERRERS: ReadonlySet<number> = new Set([400, 404, 405]);
 /** How long an endpoint that others stand in for is not asked again for what it did not have, in milliseconds. */
@@ -162,6 +167,81 @@ export class RegistryClient {
   }
 
   /**
+   * Uploads a blob, unless the registry has it (distribution specification 1.1, "Pushing Blobs").
+   *
+   * @returns whether it had to be sent
+   * @throws {RegistryError}
+   */
+  async pushBlob(reference: Reference, digest: string, body: Buffer, signal?: AbortSignal): Promise<boolean> {
+    verifyContent(body, { digest });
+    const object = `blob ${digest}`;
+    const capability = 'push';
+    const common = { reference, object, capability, signal } as const;
+    return this.#fromAny({ ...common, path: '', headers: {} }, async (asked) => {
+      const look = {
+        ...common,
+        path: `blobs/${digest}`,
+        method: 'HEAD',
+        answers: new Set([200, 404]),
+      } as const;
+      const there = await this.#get({ ...look, headers: {} }, asked);
+      await there.body.discard();
+      if (there.status === 200) return false;
+      const start = { ...common, path: 'blobs/uploads/', method: 'POST', answers: new Set([202]) } as const;
+      const begun = await this.#get({ ...start, headers: { 'content-length': '0' } }, asked);
+      await begun.body.discard();
+      const location = begun.header('location');
+      const target = location === undefined ? undefined : URL.parse(location, begun.url);
+      if (!target || target.origin !== begun.url.origin) {
+        // Elsewhere our credentials would not be sent, and without them nobody takes a blob.
+        throw new RegistryError('it names no place of its own to upload to', {
+          kind: 'invalid',
+          host: begun.url.host,
+          repository: reference.repository,
+          object,
+        });
+      }
+      target.searchParams.set('digest', digest);
+      const path = `${target.pathname}${target.search}`;
+      const headers = { 'content-type': 'application/octet-stream', 'content-length': String(body.length) };
+      const put = { ...common, path, method: 'PUT', body, headers, answers: new Set([201]) } as const;
+      await (await this.#get(put, asked)).body.discard();
+      return true;
+    });
+  }
+
+  /**
+   * Uploads a manifest under the reference's digest, or else its tag (distribution specification 1.1, "Pushing Manifests").
+   *
+   * @returns whether the registry says that it keeps the manifest's `subject` itself (the header OCI-Subject); otherwise the
+   *   tag that stands in for the list of referrers is the client's to write
+   * @throws {RegistryError}
+   */
+  async pushManifest(
+    reference: Reference,
+    mediaType: string,
+    body: Buffer,
+    signal?: AbortSignal,
+  ): Promise<boolean> {
+    const request: RepositoryRequest = {
+      reference,
+      object: manifestName(reference),
+      path: `manifests/${reference.digest ?? reference.tag ?? 'latest'}`,
+      capability: 'push',
+      method: 'PUT',
+      body,
+      headers: { 'content-type': mediaType, 'content-length': String(body.length) },
+      answers: new Set([201]),
+      signal,
+    };
+    return this.#fromAny(request, async (asked) => {
+      const response = await this.#get(request, asked);
+      await response.body.discard();
+      return response.header('oci-subject') !== undefined;
+    });
+  }
+
+  /**
    * Manifests of a kind that refer to another one (distribution specification 1.1, "Listing Referrers"): from the API, or
    * where a registry lacks it from the tag that stands in for it. One page is read, of at most 4096 entries.
    *
@@ -180,7 +260,7 @@ export class RegistryClient {
       reference,
       object,
       path: `referrers/${digest}?artifactType=${encodeURIComponent(artifactType)}`,
-      capability: 'resolve',
+      capability: 'referrers',
       headers: { accept: 'application/vnd.oci.image.index.v1+json', 'accept-encoding': 'identity' },
       signal,
     };
@@ -380,7 +460,7 @@ export class RegistryClient {
     throw this.#statusError(response, await readErrorBody(response), reference, object, []);
   }
 
-  /** Sends a GET to the repository, with authentication; returns 200 and 206 only. */
+  /** Sends a request to the repository, with authentication; returns the answers that the request says. */
   async #get(request: RepositoryRequest, asked: Asked): Promise<TransportResponse> {
     const { reference, object, signal } = request;
     const { endpoint, replaceable } = asked;
@@ -390,7 +470,11 @@ export class RegistryClient {
     const way = { connection, plainHttp, signal, tolerance: replaceable ? ONE_OF_SEVERAL : ONLY_PLACE };
     try {
       const base = await this.#base(endpoint, host, way);
-      const url = new URL(`${reference.repository}/${request.path}`, base);
+      // An upload goes on where the registry says, which may be anywhere below its root.
+      const url = new URL(
+        request.path.startsWith('/') ? request.path : `${reference.repository}/${request.path}`,
+        base,
+      );
       // What a mirror is to fetch from: containerd's way of telling it.
       const isItself = host === reference.host || host === registryHost(reference);
       if (!isItself) url.searchParams.set('ns', reference.host);
@@ -399,7 +483,9 @@ export class RegistryClient {
         base,
         host,
         repository: reference.repository,
-        scope: `repository:${pathBelowV2(base)}${reference.repository}:pull`,
+        scope: `repository:${pathBelowV2(base)}${reference.repository}:${
+          request.capability === 'push' ? 'pull,push' : 'pull'
+        }`,
         originHeaders,
         connection,
       };
@@ -414,8 +500,10 @@ export class RegistryClient {
           headers: request.headers,
           originHeaders,
           authorization,
+          ...(request.method !== undefined && { method: request.method }),
+          ...(request.body !== undefined && { body: request.body }),
         });
-        if (response.status === 200 || response.status === 206) return response;
+        if ((request.answers ?? CONTENT).has(response.status)) return response;
         // Read at once, so that the connection is free for what follows.
         const body = await readErrorBody(response);
         // A storage service's 401 is no challenge to log in to it with the registry's credentials.

@@ -4,23 +4,31 @@
  */
 import type { Dispatcher } from 'undici';
 
+/** A body that did not come to its end. */
+export interface BrokenBody {
+  readonly error: Error;
+  /** Nothing of it had come. */
+  readonly atOnce: boolean;
+}
+
 export class ResponseBody {
   readonly #body: Dispatcher.ResponseData['body'];
   readonly #toError: (error: unknown) => Error;
-  readonly #done: (broken: boolean) => void;
+  readonly #done: (broken?: BrokenBody) => void;
   #failure: Error | undefined;
   #taken = false;
   /** We closed the connection; the library then reports that as an error of the body. */
   #dropped = false;
+  #received = false;
 
   /**
    * @param toError makes what the client library reports into our error
-   * @param done called once, when the connection is free or closed, with whether the body broke off by itself
+   * @param done called once, when the connection is free or closed, and how the body broke off when it did by itself
    */
   constructor(
     body: Dispatcher.ResponseData['body'],
     toError: (error: unknown) => Error,
-    done: (broken: boolean) => void,
+    done: (broken?: BrokenBody) => void,
   ) {
     this.#body = body;
     this.#toError = toError;
@@ -29,7 +37,11 @@ export class ResponseBody {
     body.on('error', (error: unknown) => {
       this.#failure ??= this.#toError(error);
     });
-    body.once('close', () => this.#done(this.#failure !== undefined && !this.#dropped));
+    body.once('close', () => {
+      const error = this.#failure;
+      if (error === undefined || this.#dropped) this.#done();
+      else this.#done({ error, atOnce: !this.#received });
+    });
   }
 
   /**
@@ -57,6 +69,7 @@ export class ResponseBody {
       });
       body.on('data', (chunk: Buffer) => {
         if (stopped || thrown) return;
+        this.#received = true;
         try {
           stopped = !take(chunk);
         } catch (error) {

@@ -59,14 +59,14 @@ export const TRANSPORT_DEFAULTS = {
 } as const;
 
 export interface TransportRequest {
-  readonly method?: 'GET' | 'HEAD' | 'POST';
+  readonly method?: 'GET' | 'HEAD' | 'POST' | 'PUT';
   readonly url: URL;
   /** Names in lower case. */
   readonly headers?: Readonly<Record<string, string>>;
   /** For the origin of `url` alone. */
   readonly authorization?: Authorization | undefined;
-  readonly body?: string;
-  /** False: an answer that redirects is the answer. A POST is never redirected. */
+  readonly body?: string | Buffer;
+  /** False: an answer that redirects is the answer. A POST or PUT is never redirected. */
   readonly followRedirects?: boolean;
   /** Ends the exchange at any time. */
   readonly signal?: AbortSignal | undefined;
@@ -267,7 +267,8 @@ export class Transport {
     let { authorization } = request;
     /** Once off its origin, what is for it alone is gone for good, even when a later hop leads back. */
     let atHome = true;
-    const mayFollow = request.followRedirects !== false && request.method !== 'POST';
+    const sends = request.method === 'POST' || request.method === 'PUT';
+    const mayFollow = request.followRedirects !== false && !sends;
     for (let redirects = 0; ; redirects++) {
       seen.add(url.href);
       this.#checkAllowed(url, atHome && request.plainHttp === true);
@@ -281,7 +282,9 @@ export class Transport {
         data.body,
         (error) => this.#toError(error, from, signal),
         (broken) => {
-          pass.leave(broken && !signal.aborted ? 'failed' : outcome);
+          if (broken !== undefined && !signal.aborted)
+            pass.leave(broken.atOnce ? 'failed' : 'broken', reasonOf(broken.error));
+          else pass.leave(outcome, outcome === 'failed' ? `answered ${data.statusCode}` : undefined);
           if (!follow) release();
         },
       );
@@ -306,14 +309,23 @@ export class Transport {
     try {
       return await this.health(url.origin).enter(tolerance, signal);
     } catch (error) {
-      throw error instanceof RestingError ? this.#resting(error, url) : this.#toError(error, url, signal);
+      if (error instanceof RestingError) throw this.#resting(error, url);
+      const reason = this.#toError(error, url, signal);
+      if (reason.kind !== 'transient') throw reason;
+      const { trouble } = this.health(url.origin);
+      const last = trouble === '' ? '' : ` (the last trouble there: ${printable(trouble, 200)})`;
+      throw new RegistryError(
+        `none of the ${this.#limits.connectionsPerHost} connections came free in time, nothing was sent${last}`,
+        { kind: 'transient', host: url.host, cause: reason },
+      );
     }
   }
 
   #resting(error: unknown, url: URL): unknown {
     if (!(error instanceof RestingError)) return error;
-    const why = error.asked ? 'it asked to be left alone' : 'it failed several times and is left alone';
-    return new RegistryError(`${why} for another ${error.leftMs} ms; nothing was sent`, {
+    const why = error.asked ? 'it asked to be left alone' : 'it failed and is left alone';
+    const last = error.trouble === '' ? '' : ` (the last time: ${printable(error.trouble, 200)})`;
+    return new RegistryError(`${why} for another ${error.leftMs} ms${last}; nothing was sent`, {
       kind: 'transient',
       host: url.host,
       retryAfterMs: error.leftMs,
@@ -327,7 +339,7 @@ export class Transport {
     if (statusCode === 429 || statusCode === 503) {
       const wait = retryAfterMs(singleHeader(data.headers, 'retry-after'), this.#now());
       if (wait !== undefined) {
-        this.health(url.origin).rest(wait);
+        this.health(url.origin).rest(wait, `answered ${statusCode}`);
         return 'unknown';
       }
     }
@@ -364,7 +376,9 @@ export class Transport {
       const explained = this.#toError(error, url, signal);
       if (explained.kind !== 'closed') ends(explained.reason);
       // A limit on the whole exchange says little of this host; a caller that left says nothing.
-      pass.leave(signal.aborted ? (explained.kind === 'transient' ? 'failed' : 'unknown') : 'dead');
+      if (!signal.aborted) pass.leave('dead', explained.reason);
+      else if (explained.kind === 'transient') pass.leave('failed', explained.reason);
+      else pass.leave('unknown');
       throw explained;
     }
   }
@@ -430,6 +444,10 @@ export class Transport {
     const { reason, kind } = explain(error, url, this.#limits);
     return new RegistryError(reason, { kind, host: url.host, cause: error });
   }
+}
+
+function reasonOf(error: Error): string {
+  return error instanceof RegistryError ? error.reason : error.message;
 }
 
 function singleHeader(headers: Dispatcher.ResponseData['headers'], name: string): string | undefined {
