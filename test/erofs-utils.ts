@@ -45,9 +45,14 @@ export function fsckErofs(image: string): void {
   run('fsck.erofs', [image]);
 }
 
-/** dump.erofs's account of the super block. */
-export function dumpErofs(image: string): string {
-  return run('dump.erofs', [image]);
+/** dump.erofs's account of the super block, or of what else it is asked for. */
+export function dumpErofs(image: string, ...options: string[]): string {
+  return run('dump.erofs', [...options, image]);
+}
+
+/** Extracts an image with its contents, but not its xattrs: of those, fsck.erofs 1.9 loses capabilities and empty ones. */
+export function extractErofs(index: string, tar: string, into: string): void {
+  run('fsck.erofs', [`--device=${tar}`, `--extract=${into}`, '--preserve', index]);
 }
 
 /** The reference's index of a tar.gz: the tarindex, and the gzip checkpoints as a zinfo. */

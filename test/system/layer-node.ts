@@ -6,7 +6,7 @@ import { status } from '@grpc/grpc-js';
 import { layout } from '../../daemon/layout.js';
 import { indexFiles, type LayerIndexFiles } from '../../blobserve/layer/index/layer-index.js';
 import type { Mount } from '../../snapshotter/overlay.js';
-import { composeImage, type ComposedLayer } from '../image/composed-image.js';
+import { composeImage, digestOf, type ComposedLayer } from '../image/composed-image.js';
 import type { Image } from '../image/oci-layout.js';
 import { CallError } from '../../proto/unary-call.js';
 import type { Registry } from '../stack/registry.js';
@@ -63,9 +63,11 @@ export class LayerNode {
   /** Asks for the image's layers, from the lowest up. @throws when one is not answered with "already exists" */
   async serve(image: PushedImage): Promise<ServedLayer[]> {
     const served: ServedLayer[] = [];
-    let below = '';
+    let [below, chainId] = ['', ''];
     for (const [number, { digest }] of image.layers.entries()) {
-      const chainId = `${image.manifest.digest}/${number}`;
+      const diffId = image.diffIds[number] ?? '';
+      // OCI image specification, config.md "Layer ChainID".
+      chainId = number === 0 ? diffId : digestOf(Buffer.from(`${chainId} ${diffId}`));
       const labels = {
         'containerd.io/snapshot.ref': chainId,
         'containerd.io/snapshot/cri.image-ref': image.reference,

@@ -72,6 +72,12 @@ const RECIPES = {
 
 export type RealLayerName = keyof typeof RECIPES;
 
+/** `small`: a few megabytes each, for machines that emulate every instruction. */
+export const LAYERS_OF = {
+  small: ['attributes', 'base', 'whiteouts'],
+  all: ['attributes', 'base', 'whiteouts', 'many', 'large'],
+} as const satisfies Record<string, readonly RealLayerName[]>;
+
 /** A layer and what it has to be equal to. */
 export interface RealLayer {
   readonly name: RealLayerName;

@@ -1,11 +1,18 @@
 /**
  * Fetches and builds what the tests need that run in the test machine, which has no network: programs and images.
+ * `TREES=all` also the layers that only test-vm.sh --trees runs.
  */
-import { buildTinyImage } from '../image/tiny-image.js';
+import { mountErofs } from '../debian/mount-erofs.js';
 import { containerdFrom, program } from '../debian/packages.js';
+import { fetchErofsUtils } from '../erofs-utils.js';
+import { buildTinyImage } from '../image/tiny-image.js';
+import { buildRealLayer, LAYERS_OF } from '../trees/real-layers.js';
 
 await containerdFrom('sid');
 for (const name of ['runc', 'docker-registry', 'mkfs.erofs', 'busybox', 'setfattr'] as const)
   await program(name);
 // The kinds of layers that test/system asks for.
 for (const format of ['erofs', 'erofs-lz4hc', 'tar', 'tar+gzip'] as const) await buildTinyImage({ format });
+fetchErofsUtils();
+await mountErofs();
+for (const name of LAYERS_OF[process.env['TREES'] === 'all' ? 'all' : 'small']) await buildRealLayer(name);

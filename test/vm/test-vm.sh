@@ -1,7 +1,8 @@
 #!/bin/bash
 # The end-to-end tests with the nbd backend, on a Debian kernel that has nbd, in one boot of the test machine:
 #
-#   test-vm.sh [TEST-FILE...]        default: test/system/{containers,recovery}.test.ts
+#   test-vm.sh [TEST-FILE...]        default: see TESTS below
+#   test-vm.sh --trees               all layers of test/system/trees.test.ts, also the large ones: half an hour and 8 GiB
 #
 # The last line is one JSON object with the counts, the one before it says them in words; the status is 0 when nothing
 # failed. What this host cannot run counts as skipped, with its reason. Needs the checkout built (npm run build).
@@ -9,10 +10,20 @@
 #   VM_KERNEL=sid                    Debian's newest kernel instead of 6.12
 #   EROFS_NBD_SLOW=6                 how many times longer than outside tests wait
 #   VM_TIMEOUT=1080                  seconds for all of it
+#   VM_MEMORY=3G
 set -uo pipefail
 HERE=$(dirname -- "$(realpath -- "$0")")
 cd "$HERE/../.."
-[ $# -gt 0 ] || set -- test/system/containers.test.ts test/system/recovery.test.ts
+TESTS='containers recovery classic trees interoperation'
+# Of every kind the smallest, where every instruction is emulated.
+export TREES=small EROFS_NBD_FORMATS=tar+gzip
+memory=3 timeout=1080
+if [ "${1:-}" = --trees ]; then
+  TREES=all memory=8 timeout=5400
+  export DEVICES=no EROFS_NBD_SLOW=${EROFS_NBD_SLOW:-30} SYSTEM_TIMEOUT=${SYSTEM_TIMEOUT:-5200}
+  set -- test/system/trees.test.ts
+fi
+[ $# -gt 0 ] || set -- $(printf 'test/system/%s.test.ts ' $TESTS)
 
 OUTPUT=$(mktemp)
 trap 'rm -f "$OUTPUT"' EXIT
@@ -50,8 +61,9 @@ skip() { finish skip "$1"; }
 [ "$(id -u)" = 0 ] || skip 'not root: images with owners and devices cannot be built'
 command -v mkfs.ext4 >/dev/null || skip 'no mkfs.ext4: apt-get install e2fsprogs'
 available=$(awk '/^MemAvailable:/ { print int($2 / 1024) }' /proc/meminfo)
-# The machine's 3 GiB, of which it fills about two, and what QEMU keeps of translated code.
-[ "$available" -ge 3500 ] || skip "$available MiB of memory available, 3500 are needed"
+# The machine's, of which it fills most, and what QEMU keeps of translated code.
+needed=$((memory * 1024 + 500))
+[ "$available" -ge "$needed" ] || skip "$available MiB of memory available, $needed are needed"
 if ! trouble=$("$HERE/setup.sh" 2>&1); then
   skip "the packages of the test machine cannot be had: $(tail -n 1 <<<"$trouble")"
 fi
@@ -63,6 +75,6 @@ if ! trouble=$(node dist/test/vm/prefetch.js 2>&1); then
   skip "what the tests need cannot be downloaded: $(tail -n 1 <<<"$trouble")"
 fi
 
-VM_TIMEOUT=${VM_TIMEOUT:-1080} VM_MEMORY=${VM_MEMORY:-3G} VM_MODULES='overlay erofs nbd loop ext4' \
+VM_TIMEOUT=${VM_TIMEOUT:-$timeout} VM_MEMORY=${VM_MEMORY:-${memory}G} VM_MODULES='overlay erofs nbd loop ext4' \
   "$HERE/run.sh" bash test/vm/guest/system-tests.sh "$@" 2>&1 | tee "$OUTPUT"
 finish "${PIPESTATUS[0]}"
