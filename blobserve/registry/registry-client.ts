@@ -190,9 +190,9 @@ export class RegistryClient {
       const start = { ...common, path: 'blobs/uploads/', method: 'POST', answers: new Set([202]) } as const;
       const begun = await this.#get({ ...start, headers: { 'content-length': '0' } }, asked);
       await begun.body.discard();
-      const location = begun.header('location');
-      const target = location === undefined ? undefined : URL.parse(location, begun.url);
-      if (!target || target.origin !== begun.url.origin) {
+      const location = begun.header('location') ?? '';
+      const target = URL.canParse(location, begun.url.href) ? new URL(location, begun.url) : undefined;
+      if (location === '' || target?.origin !== begun.url.origin) {
         // Elsewhere our credentials would not be sent, and without them nobody takes a blob.
         throw new RegistryError('it names no place of its own to upload to', {
           kind: 'invalid',

@@ -80,6 +80,8 @@ export interface TransportRequest {
   readonly plainHttp?: boolean;
   /** How much trouble the origin of `url` may make before it is left alone; where it redirects to: {@link ONLY_PLACE}. */
   readonly tolerance?: Tolerance;
+  /** Finds something out about the host; how it ends is not held for or against it. */
+  readonly isProbe?: boolean;
 }
 
 /** What is known of a host that requests were sent to. */
@@ -359,7 +361,7 @@ export class Transport {
     if (atHome) Object.assign(headers, request.originHeaders);
     Object.assign(headers, request.headers);
     if (authorization !== undefined) headers['authorization'] = authorization.reveal();
-    const ends = exchangeBegins(url.host);
+    const ends = request.isProbe === true ? () => undefined : exchangeBegins(url.host);
     try {
       if (this.#closed) throw closedError(url, undefined);
       const data = await this.#dispatchers.of(url, connection ?? {}).request({
@@ -422,6 +424,7 @@ export class Transport {
     const answer = await this.send({
       ...way,
       url: new URL('/v2/', base),
+      isProbe: true,
       followRedirects: false,
       timeoutMs: this.#limits.connectTimeoutMs + this.#limits.headersTimeoutMs,
     });
