@@ -10,6 +10,7 @@ import { VERSION } from '../daemon/version.js';
 import { MetadataError } from '../metadata/errors.js';
 import { RootInUseError } from '../metadata/root-lock.js';
 import { Daemon } from './daemon.js';
+import { ServiceManager } from './service-manager.js';
 
 interface CommandLine {
   config?: string;
@@ -69,10 +70,13 @@ async function main(): Promise<void> {
     await daemon.teardown();
     return;
   }
+  // Before anything is started that would inherit what systemd said.
+  const manager = new ServiceManager(process.env, log);
   let stopping = false;
   const stop = (signal: NodeJS.Signals): void => {
     if (stopping) return;
     stopping = true;
+    manager.stopping();
     log.info({ signal }, 'stopping; what containers read goes on being served');
     daemon.stop().then(
       () => process.exit(0),
@@ -85,6 +89,7 @@ async function main(): Promise<void> {
   process.on('SIGTERM', stop);
   process.on('SIGINT', stop);
   await daemon.start();
+  manager.ready(`serving on ${configuration.address}`);
 }
 
 main().catch((error: unknown) => {
