@@ -18,6 +18,17 @@ export const noDockerRegistry = existsSync(BINARY) ? undefined : `${BINARY} is n
 export interface DockerRegistryOptions {
   /** Lines of an htpasswd file (bcrypt). */
   readonly htpasswd?: string;
+  /** Takes only tokens that this issued; `certificate` is PEM. */
+  readonly tokens?: {
+    readonly realm: string;
+    readonly service: string;
+    readonly issuer: string;
+    readonly certificate: string;
+  };
+  /** Fetches from this registry what it does not have, and keeps it: a pull-through cache. */
+  readonly pullThrough?: string;
+  /** Address to listen on; default 127.0.0.1. */
+  readonly address?: string;
 }
 
 export class DockerRegistry {
@@ -25,13 +36,17 @@ export class DockerRegistry {
     readonly host: string,
     private readonly folder: string,
     private readonly child: ChildProcess,
-    private readonly authorization: string | undefined,
+    private readonly authorization: string | (() => string) | undefined,
   ) {}
 
-  /** @param authorization for pushing, when `htpasswd` is set */
-  static async start(options: DockerRegistryOptions = {}, authorization?: string): Promise<DockerRegistry> {
+  /** @param authorization for pushing, when `htpasswd` or `tokens` is set */
+  static async start(
+    options: DockerRegistryOptions = {},
+    authorization?: string | (() => string),
+  ): Promise<DockerRegistry> {
     const folder = await mkdtemp(join(tmpdir(), 'docker-registry-'));
-    const host = `127.0.0.1:${await freePort()}`;
+    const { address = '127.0.0.1' } = options;
+    const host = `${address}:${await freePort(address)}`;
     const config: Record<string, unknown> = {
       version: '0.1',
       log: { level: 'error', accesslog: { disabled: true } },
@@ -42,6 +57,12 @@ export class DockerRegistry {
       await writeFile(join(folder, 'htpasswd'), options.htpasswd);
       config['auth'] = { htpasswd: { realm: 'test', path: join(folder, 'htpasswd') } };
     }
+    if (options.tokens !== undefined) {
+      const { certificate, ...token } = options.tokens;
+      await writeFile(join(folder, 'issuer.pem'), certificate);
+      config['auth'] = { token: { ...token, rootcertbundle: join(folder, 'issuer.pem') } };
+    }
+    if (options.pullThrough !== undefined) config['proxy'] = { remoteurl: options.pullThrough };
     // JSON is YAML.
     await writeFile(join(folder, 'config.yml'), JSON.stringify(config));
     const child = spawn(BINARY, ['serve', join(folder, 'config.yml')], { stdio: 'ignore' });
@@ -82,11 +103,13 @@ export class DockerRegistry {
   }
 
   async #send(method: string, url: string, body?: Buffer, type?: string): Promise<Response> {
+    const { authorization: given } = this;
+    const authorization = typeof given === 'function' ? given() : given;
     const response = await fetch(url, {
       method,
       headers: {
         ...(type === undefined ? {} : { 'content-type': type }),
-        ...(this.authorization === undefined ? {} : { authorization: this.authorization }),
+        ...(authorization === undefined ? {} : { authorization }),
       },
       ...(body === undefined ? {} : { body }),
     });
@@ -110,9 +133,9 @@ export class DockerRegistry {
   }
 }
 
-async function freePort(): Promise<number> {
+async function freePort(address: string): Promise<number> {
   const server = createServer();
-  await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
+  await new Promise<void>((resolve) => server.listen(0, address, resolve));
   const { port } = server.address() as AddressInfo;
   await new Promise<void>((resolve) => server.close(() => resolve()));
   return port;

@@ -20,7 +20,8 @@ export function mayBePlain(error: RegistryError): boolean {
     error.kind === 'transient' &&
     !CERTIFICATE.test(code) &&
     (/^(EPROTO|ERR_SSL.*|ECONNRESET|ECONNREFUSED|UND_ERR_CONNECT_TIMEOUT|UND_ERR_SOCKET)$/.test(code) ||
-      isProtocolError(error.cause))
+      isProtocolError(error.cause) ||
+      refusedByProxy(error.cause))
   );
 }
 
@@ -50,12 +51,19 @@ export function explain(
     reason = `the certificate of ${url.host} is not trusted (${code}); add its CA certificate`;
   } else if (code === 'EPROTO' || code.startsWith('ERR_SSL')) {
     reason = `${url.host} does not speak TLS (${code}); when it is a plain http registry, list it as insecure`;
+  } else if (refusedByProxy(error)) {
+    reason = `the proxy of the environment did not connect to ${url.host}: ${detail}; check HTTPS_PROXY and NO_PROXY`;
   } else if (isProtocolError(error) || code === 'UND_ERR_HEADERS_OVERFLOW') {
     reason = `the answer for ${where} is not HTTP as it should be: ${detail}`;
   } else {
     reason = `the connection for ${where} broke${code === '' ? '' : ` (${code})`}: ${detail}`;
   }
   return { reason, kind: 'transient' };
+}
+
+/** The answer to CONNECT was another status than 200. */
+function refusedByProxy(error: unknown): boolean {
+  return error instanceof Error && error.message.startsWith('Proxy response (');
 }
 
 function isProtocolError(error: unknown): boolean {

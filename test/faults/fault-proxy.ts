@@ -24,9 +24,9 @@ export interface Meeting {
   /** First and last byte asked for. */
   readonly range: readonly [number, number] | undefined;
   /** Asks the registry; with other headers than the request's when given. */
-  ask(headers?: Readonly<Record<string, string>>): Promise<Answer>;
+  readonly ask: (headers?: Readonly<Record<string, string>>) => Promise<Answer>;
   /** Answers as the registry does. */
-  pass(): Promise<void>;
+  readonly pass: () => Promise<void>;
 }
 
 export type Fault = (meeting: Meeting) => Promise<void> | void;
@@ -34,6 +34,8 @@ export type Fault = (meeting: Meeting) => Promise<void> | void;
 export interface TlsIdentity {
   readonly key: string;
   readonly cert: string;
+  /** Wants client certificates of this CA (PEM), and takes nobody without. */
+  readonly clientCa?: string;
 }
 
 export interface FaultProxyOptions {
@@ -137,7 +139,9 @@ export class FaultProxy {
   #tlsServer(identity: TlsIdentity, serve: http.RequestListener): https.Server {
     let server = this.#tls.get(identity.cert);
     if (server === undefined) {
-      server = https.createServer({ ...identity, keepAliveTimeout: 60_000 }, serve);
+      const { key, cert, clientCa } = identity;
+      const clients = clientCa === undefined ? {} : { ca: clientCa, requestCert: true };
+      server = https.createServer({ key, cert, ...clients, keepAliveTimeout: 60_000 }, serve);
       server.on('tlsClientError', (_error, socket) => socket.destroy());
       server.on('clientError', (_error, socket) => socket.destroy());
       this.#tls.set(identity.cert, server);
@@ -159,15 +163,8 @@ export class FaultProxy {
       response.writeHead(status, headers);
       response.end(body);
     };
-    await (fault ?? pass)({
-      request,
-      response,
-      socket: request.socket,
-      proxy: this,
-      range,
-      ask,
-      pass,
-    } as Meeting);
+    if (fault === undefined) await pass();
+    else await fault({ request, response, socket: request.socket, proxy: this, range, ask, pass });
   }
 
   #ask(path: string, headers: Readonly<Record<string, string>>): Promise<Answer> {
