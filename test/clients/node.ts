@@ -85,9 +85,10 @@ export class ClientNode {
     return execa(process.execPath, parameters, { env: this.containerd.environment, stdin: 'ignore' });
   }
 
-  async ctrPull(reference: string, ...options: string[]): Promise<void> {
-    const choice = ['--plain-http', '--snapshotter', 'erofs-nbd', ...options];
-    await this.containerd.ctr('image', 'pull', ...choice, reference);
+  /** Stock `ctr image pull`: the transfer service's way on 2.x, all layers first on 1.x. */
+  async ctrPull(reference: string, namespace = this.containerd.namespace): Promise<void> {
+    const choice = ['--plain-http', '--snapshotter', 'erofs-nbd', reference];
+    await this.containerd.ctr('--namespace', namespace, 'image', 'pull', ...choice);
   }
 
   /** @returns what the container printed */
