@@ -19,6 +19,7 @@ import { FuseBackend } from './attach/fuse-backend.js';
 import { NbdBackend } from './attach/nbd-backend.js';
 import { controlImplementation } from './control-service.js';
 import { LayerPaths } from './data-path.js';
+import { LayerBlobs } from './layer-blobs.js';
 import { LayerIndexer } from './layer-indexer.js';
 import { LayerLookup } from './layer-lookup.js';
 import { LayerServer } from './layer-server.js';
@@ -109,10 +110,16 @@ async function main(): Promise<void> {
     maxUncompressedBytes: index.max_uncompressed,
     log,
   });
-  const paths = new LayerPaths({
+  const blobs = new LayerBlobs({
     configuration,
     cacheDirectory: layout.cache,
+    digestsDirectory: layout.digests,
     client,
+    log,
+  });
+  const paths = new LayerPaths({
+    configuration,
+    blobs,
     indexer,
     published,
     log,
@@ -149,6 +156,7 @@ async function main(): Promise<void> {
     controlServer.tryShutdown(() => undefined);
     server
       .close()
+      .then(() => blobs.close())
       .then(() => client.close())
       .catch((error: unknown) => log.error({ err: error }, 'not everything was closed'))
       .finally(leave);
@@ -186,6 +194,8 @@ async function main(): Promise<void> {
     log.fatal({ err: error }, 'a fault of the program: ending; the snapshotter starts the next process');
     process.exit(70);
   });
+  // Nobody waits for it: a cache that is full is served from all the same.
+  void blobs.start();
   log.info({ version: VERSION, backend: options.attach, socket: layout.controlSocket }, 'serving');
 }
 

@@ -13,6 +13,8 @@ export interface Layout {
   readonly cache: string;
   /** Indexes of tar and tar.gz layers, by digest of the blob. */
   readonly index: string;
+  /** Digests of the spans of blobs that were complete and right once; kept when the cache goes. */
+  readonly digests: string;
   /** Where the FUSE file system with one file per layer is mounted. */
   readonly fuse: string;
   /** Blobserve's control socket. */
@@ -31,6 +33,7 @@ export function layout(root: string): Layout {
     layers: below('layers'),
     cache: below('cache'),
     index: below('index'),
+    digests: below('digests'),
     fuse: below('fuse'),
     controlSocket: below('blobserve.sock'),
     blobserveProcess: below('blobserve.json'),

@@ -2,9 +2,9 @@
  * The one face of everything that produces bytes of a blob. A device's data path is a stack of these, put together in
  * one place (blobserve/data-path.ts); a stage holds the one below it as `next`.
  *
- *     native layer     registry-range → retry → verify → cache → readahead                      → device
- *     tar.gz layer     registry-range → retry → verify → cache → readahead → gunzip ─┐
- *                                                              file(tarindex) ───────┴→ concat  → device
+ *     native layer     registry-range → retry → cache → readahead → guard               → device
+ *     tar.gz layer     registry-range → retry → cache → gunzip ─┐
+ *                                        file(tarindex) ────────┴→ concat → readahead → guard → device
  */
 export interface BlobReader {
   /** Size of the blob in bytes; a whole number, constant for the life of the reader. */
@@ -34,6 +34,9 @@ export interface BlobReader {
    * clipped to the blob.
    */
   willNeed?(offset: number, length: number): void;
+
+  /** Says that bytes given before are not the right ones, though nothing here noticed: a stage that keeps them gets others. */
+  distrust?(offset: number, length: number): void;
 
   /** Releases everything, also `next`. Reads under way reject. Idempotent. */
   close(): Promise<void>;

@@ -9,6 +9,7 @@
 import { mkdir, stat, statfs } from 'node:fs/promises';
 import path from 'node:path';
 import type { Logger } from '../../daemon/log.js';
+import { counted } from '../metrics.js';
 import { cachedFiles, type CachedFiles, removeCached } from './cache-directory.js';
 import { evictSpans } from './eviction.js';
 import { LocalFile, READ_WRITE_CREATE } from './local-file.js';
@@ -220,6 +221,7 @@ export class CacheSpace implements SpaceKeeper {
       return 0;
     }
     if (this.#measure !== undefined) this.#measure.written -= bytes;
+    counted.evicted.bytes += bytes;
     log.info({ digest, bytes, reason }, 'deleted a blob of the cache that no layer uses');
     return bytes;
   }

@@ -4,6 +4,7 @@
  * are one request (span-requests.ts). Where the bytes lie, and why they can be trusted, is in span-store.ts.
  */
 import type { Logger } from '../../daemon/log.js';
+import { counted } from '../metrics.js';
 import { type BlobReader, checkRange, ReadError } from './blob-reader.js';
 import { BufferPool } from './buffer-pool.js';
 import type { FetchSlots } from './fetch-slots.js';
@@ -173,14 +174,14 @@ export class CacheReader implements BlobReader {
     if (this.#closing !== undefined) throw this.#closedError();
     if (target.length === 0) return;
     if (this.#needsFetch(offset, target.length)) this.#misses++;
-    else this.#hits++;
+    else this.#hit(target.length);
     await this.#read(target, offset, MAX_ATTEMPTS, progress);
   }
 
   readNow(target: Buffer, offset: number): boolean {
     if (this.#closing !== undefined || !(offset >= 0) || offset + target.length > this.size) return false;
     if (target.length > 0 && !this.#store.readNow(target, offset)) return false;
-    this.#hits++;
+    this.#hit(target.length);
     return true;
   }
 
@@ -226,6 +227,31 @@ export class CacheReader implements BlobReader {
     this.#requests.forget();
   }
 
+  /**
+   * Trusts no span any more whose bytes in the file, by their CRC-32, are not those that were written.
+   *
+   * @param crcs of all spans, as somebody has read them from the file
+   * @returns how many are to be fetched again, with those that are not there
+   */
+  dropUnlessCrcs(crcs: Uint32Array): number {
+    let dropped = 0;
+    for (let span = 0; span < crcs.length; span++) {
+      if (this.#store.markedCrc(span) === crcs[span]) continue;
+      this.#store.drop(span);
+      dropped++;
+    }
+    return dropped;
+  }
+
+  /** Fetches these bytes again: what was read from the cache is not what it should be. */
+  distrust(offset: number, length: number): void {
+    const end = Math.min(offset + length, this.size);
+    for (let span = Math.floor(Math.max(0, offset) / this.#spanSize); span * this.#spanSize < end; span++) {
+      this.#store.drop(span);
+      this.#requests.forgetSpan(span);
+    }
+  }
+
   /** Ends reads under way, waits until what came is durable and marked, and closes the stage below. */
   close(): Promise<void> {
     this.#closing ??= this.#close();
@@ -242,6 +268,11 @@ export class CacheReader implements BlobReader {
     } finally {
       await this.#store.close();
     }
+  }
+
+  #hit(bytes: number): void {
+    this.#hits++;
+    counted.bytes.cache += bytes;
   }
 
   #closedError(): ReadError {

@@ -237,6 +237,25 @@ describe('wrong bytes', () => {
     expect((await bytesAt(reader, start - 100, 100)).equals(text.subarray(start - 100, start))).toBe(true);
   });
 
+  it('that a stage below keeps are asked for again, where they came from', async () => {
+    const index = indexOf(blob);
+    const place = index.table.compressedSpan(4).start + 1000;
+    const { reader, next } = open(corrupt(place), index);
+    const distrusted: [offset: number, length: number][] = [];
+    Object.assign(next, {
+      distrust: (offset: number, length: number) => {
+        distrusted.push([offset, length]);
+        blob.copy(next.bytes, offset, offset, offset + length);
+      },
+    });
+    const range = index.table.uncompressedSpan(4);
+    expect(
+      (await bytesAt(reader, range.start, 100)).equals(text.subarray(range.start, range.start + 100)),
+    ).toBe(true);
+    const { start, end } = index.table.compressedSpan(4);
+    expect(distrusted).toEqual([[start, end - start]]);
+  });
+
   it('without digests are found where deflate or the end of the span shows them, with their place', async () => {
     const index = indexOf(blob, 1 << 20, { digests: false });
     const next = random(31);

@@ -203,7 +203,15 @@ export class GunzipReader implements BlobReader {
     ]);
     if (bytes.status === 'rejected') throw bytes.reason;
     if (window.status === 'rejected') throw window.reason;
-    await this.#verify(span, compressed);
+    try {
+      await this.#verify(span, compressed);
+    } catch (error) {
+      if (this.#next.distrust === undefined) throw error;
+      // It may have been changed where it is kept: once more, from where it came.
+      this.#next.distrust(range.start, compressed.length);
+      await this.#next.read(compressed, range.start);
+      await this.#verify(span, compressed);
+    }
     this.#assertOpen();
     const inflater = openRawInflater();
     try {

@@ -12,6 +12,7 @@ import { LRUCache } from 'lru-cache';
 import type { Logger } from '../../daemon/log.js';
 import { type BlobReader, ReadError } from './blob-reader.js';
 import type { BufferPool, Urgency } from './buffer-pool.js';
+import { counted } from '../metrics.js';
 import type { FetchSlots, FetchUrgency } from './fetch-slots.js';
 import { SpanState, type SpanStore } from './span-store.js';
 
@@ -183,6 +184,13 @@ export class SpanRequests {
     for (const pending of this.#pending.values()) pending.forgotten = true;
   }
 
+  /** The same for one span. */
+  forgetSpan(span: number): void {
+    this.#uncached.delete(span);
+    const pending = this.#pending.get(span);
+    if (pending !== undefined) pending.forgotten = true;
+  }
+
   /** Rejects all who wait, closes the stage below, and waits until nothing is under way. */
   async close(error: ReadError): Promise<void> {
     this.#closed = true;
@@ -273,7 +281,7 @@ export class SpanRequests {
       }
       this.#wanted.shift();
       for (let span = asked; span < range.end; span++) this.#pending.set(span, newPending());
-      this.#track(this.#fetch(range, buffer));
+      this.#track(this.#fetch(range, buffer, 'wanted'));
     }
     while (this.#backgroundUnderWay < this.#options.maxBackgroundRequests && this.#startHint());
     this.#startFill();
@@ -327,7 +335,9 @@ export class SpanRequests {
       hint.first = hint.end;
       this.#options.log.debug({ blob: this.#options.name, ...range, err: error }, 'readahead failed');
     };
-    const request = unchecked ? this.#check(range.first, buffer) : this.#fetch(range, buffer, failed);
+    const request = unchecked
+      ? this.#check(range.first, buffer)
+      : this.#fetch(range, buffer, 'readahead', failed);
     this.#track(
       request.finally(() => {
         this.#backgroundUnderWay--;
@@ -362,7 +372,7 @@ export class SpanRequests {
     fill.first = range.end;
     this.#filling = true;
     let failure: unknown;
-    const request = this.#fetch(range, buffer, (error) => (failure ??= error));
+    const request = this.#fetch(range, buffer, 'background', (error) => (failure ??= error));
     this.#track(
       request.finally(() => {
         this.#filling = false;
@@ -405,7 +415,7 @@ export class SpanRequests {
   /** Compares a span of an earlier process with its CRC-32; one that is damaged is fetched. */
   async #check(span: number, buffer: Buffer): Promise<void> {
     const bytes = buffer.subarray(0, this.#store.spanLength(span));
-    const right = await this.#store.check(span, bytes);
+    const right = await this.#store.check(span, bytes, () => this.#options.verify?.(span, bytes));
     const pending = this.#pending.get(span);
     if (pending !== undefined) {
       if (right) {
@@ -426,7 +436,13 @@ export class SpanRequests {
    *
    * @param failed is told why when the request fails, or when its bytes are not the right ones
    */
-  async #fetch(range: SpanRange, buffer: Buffer, failed?: (error: unknown) => void): Promise<void> {
+  async #fetch(
+    range: SpanRange,
+    buffer: Buffer,
+    urgency: FetchUrgency,
+    failed?: (error: unknown) => void,
+  ): Promise<void> {
+    const source = urgency === 'wanted' ? 'registry' : urgency;
     const offset = range.first * this.#spanSize;
     const bytes = buffer.subarray(0, this.#rangeLength(range));
     const kept: Promise<void>[] = [];
@@ -434,7 +450,9 @@ export class SpanRequests {
     let span = range.first;
     const arrived = (count: number): void => {
       if (!(count > filled)) return;
-      this.fetchedBytes += Math.min(count, bytes.length) - filled;
+      const came = Math.min(count, bytes.length) - filled;
+      this.fetchedBytes += came;
+      counted.bytes[source] += came;
       filled = Math.min(count, bytes.length);
       for (; span < range.end; span++) {
         const from = span * this.#spanSize - offset;

@@ -15,6 +15,7 @@ import { dirname, join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { crc32 } from 'node:zlib';
 import type { Logger } from '../../daemon/log.js';
+import { counted } from '../metrics.js';
 import { LocalFile, READ_WRITE_CREATE } from './local-file.js';
 import { countSpans, SpanMap } from './span-map.js';
 
@@ -206,14 +207,21 @@ export class SpanStore {
   /**
    * Reads a whole unchecked span into `target` (of `spanLength` bytes) and compares it with its CRC-32.
    *
+   * @param prove compares it with what else is known; throws when it differs
    * @returns true: it is right, and ready from now on; false: it was not, and is absent
    */
-  async check(span: number, target: Buffer): Promise<boolean> {
+  async check(span: number, target: Buffer, prove?: () => unknown): Promise<boolean> {
     if (!(await this.read(target, span * this.#options.spanSize))) return false;
     const actual = crc32(target);
     const expected = this.#map?.crc(span);
     if (actual !== expected) {
       this.#damaged(span, { expectedCrc32: expected, actualCrc32: actual });
+      return false;
+    }
+    try {
+      await prove?.();
+    } catch (error) {
+      this.#damaged(span, { err: error });
       return false;
     }
     if (this.#states[span] !== SpanState.Unchecked) return false; // dropped meanwhile
@@ -299,6 +307,8 @@ export class SpanStore {
         const from = first * this.#options.spanSize;
         await data.punchHole(from, Math.min(end * this.#options.spanSize, this.#options.size) - from);
       }
+      counted.evicted.bytes += bytes;
+      counted.evicted.spans += going.length;
       return bytes;
     } finally {
       for (const span of going) this.#evicting.delete(span);
@@ -404,6 +414,7 @@ export class SpanStore {
     if (this.#closed || this.state(span) === SpanState.Absent) return;
     const { digest, log, spanSize } = this.#options;
     this.damagedSpans++;
+    counted.verificationFailures.add('cached span');
     this.drop(span);
     log.warn(
       { digest, span, offset: span * spanSize, ...detail },

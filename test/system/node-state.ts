@@ -22,7 +22,7 @@ export async function cachedSpans(root: string, digest: string): Promise<number>
   const [, map] = cachePaths(layout(root).cache, digest);
   const bytes = await readFile(map).catch(() => Buffer.alloc(0));
   let marked = 0;
-  for (let at = 256; at + 16 <= bytes.length; at += 16) if (bytes.readUInt32LE(at) !== 0) marked++;
+  for (let at = 256; at + 16 <= bytes.length; at += 16) if (bytes.readUInt32LE(at) === 0x6e617073) marked++;
   return marked;
 }
 

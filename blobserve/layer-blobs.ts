@@ -1,0 +1,205 @@
+/**
+ * Blobs of layers as they are opened: registry, retry, cache, what is known of their bytes; and what goes on with them beside
+ * the reads: the download of what is missing, and the verification of the whole.
+ */
+import { mkdir } from 'node:fs/promises';
+import { setTimeout as delay } from 'node:timers/promises';
+import type { Configuration } from '../daemon/configuration.js';
+import type { Logger } from '../daemon/log.js';
+import type { control } from '../proto/messages.js';
+import { BackgroundDownloads, type DayWindow } from './background-download.js';
+import { type BlobKnowledge, BlobVerifier, type BlobVerifierOptions } from './blob-verifier.js';
+import { counted } from './metrics.js';
+import { ReadError } from './readers/blob-reader.js';
+import { BufferPool } from './readers/buffer-pool.js';
+import { CacheReader } from './readers/cache.js';
+import { CacheSpace } from './readers/cache-space.js';
+import { FetchSlots } from './readers/fetch-slots.js';
+import { RegistryRangeReader } from './readers/registry-range.js';
+import { RetryReader } from './readers/retry.js';
+import { parseReference, registryHost } from './registry/reference.js';
+import type { RegistryClient } from './registry/registry-client.js';
+
+export interface LayerBlobsOptions {
+  readonly configuration: Pick<Configuration, 'fetch' | 'cache' | 'registry' | 'background'>;
+  readonly cacheDirectory: string;
+  readonly digestsDirectory: string;
+  readonly client: RegistryClient;
+  readonly hash?: BlobVerifierOptions['hash'];
+  readonly log: Logger;
+}
+
+/** A blob's compressed bytes, kept as they are fetched. */
+export interface LayerBlob {
+  readonly cache: CacheReader;
+  readonly range: RegistryRangeReader;
+  readonly knowledge: BlobKnowledge;
+  readonly slots: FetchSlots;
+  readonly log: Logger;
+}
+
+/** Milliseconds between two attempts to verify a blob that were in the way of something. */
+const VERIFY_RETRY = 30_000;
+
+export class LayerBlobs {
+  readonly verifier: BlobVerifier;
+  readonly #options: LayerBlobsOptions;
+  /** The memory that fetched bytes of all layers pass through. */
+  readonly #buffers: BufferPool;
+  readonly #space: CacheSpace;
+  readonly #downloads: BackgroundDownloads;
+  /** By host. */
+  readonly #slots = new Map<string, FetchSlots>();
+
+  constructor(options: LayerBlobsOptions) {
+    const { cache, fetch, background } = options.configuration;
+    this.#options = options;
+    this.#buffers = new BufferPool(fetch.max_in_flight);
+    this.#space = new CacheSpace({
+      dir: options.cacheDirectory,
+      maxBytes: cache.max_bytes,
+      minFreeBytes: cache.min_free,
+      keepUnusedMs: cache.keep_unused,
+      log: options.log,
+    });
+    this.#downloads = new BackgroundDownloads({
+      delayMs: background.delay,
+      rate: background.rate,
+      window: dayWindow(background.window),
+      rangeBytes: fetch.max_range,
+      room: () => (this.#space.scarce ? -1 : this.#space.room()),
+    });
+    this.verifier = new BlobVerifier({
+      directory: options.digestsDirectory,
+      cacheDirectory: options.cacheDirectory,
+      spanSize: cache.span_size,
+      ...(options.hash && { hash: options.hash }),
+    });
+  }
+
+  /** Begins to look after the space of the cache. Never rejects. */
+  start(): Promise<void> {
+    return this.#space.start();
+  }
+
+  async close(): Promise<void> {
+    await this.#downloads.close();
+    await this.#space.close();
+  }
+
+  /** @throws {ImageReferenceError | RangeError} the source makes no sense */
+  async open(source: control.LayerSource.$Properties): Promise<LayerBlob> {
+    const { configuration, cacheDirectory, client, log } = this.#options;
+    const digest = source.layerDigest ?? '';
+    const size = source.size ?? 0;
+    const imageRef = source.imageRef ?? '';
+    const layerLog = log.child({ layer: digest, image: imageRef });
+    const reference = parseReference(imageRef);
+    const host = registryHost(reference);
+    const range = new RegistryRangeReader({ client, reference, digest, size });
+    const retry = new RetryReader(range, {
+      readDeadlineMs: configuration.fetch.read_deadline,
+      onRetry: ({ tries, waitMs, error }) => {
+        counted.retries.add(error.kind);
+        layerLog.warn({ tries, waitMs, reason: error.message }, 'trying again');
+      },
+    });
+    const name = `${host}/${reference.repository}`;
+    const knowledge = await this.verifier.knowledge({ digest, size, source: name, log: layerLog });
+    await mkdir(cacheDirectory, { recursive: true, mode: 0o700 });
+    const slots = this.#slotsOf(host);
+    const cache = await CacheReader.open(retry, {
+      dir: cacheDirectory,
+      digest,
+      name: `blob ${digest} of ${name}`,
+      spanSize: configuration.cache.span_size,
+      maxRangeBytes: configuration.fetch.max_range,
+      buffers: this.#buffers,
+      slots,
+      verify: knowledge.verify,
+      space: this.#space,
+      log: layerLog,
+    });
+    return { cache, range, knowledge, slots, log: layerLog };
+  }
+
+  /**
+   * Downloads and verifies the whole blob now.
+   *
+   * @throws {ReadError} it cannot be had, or is another one
+   */
+  async complete({ cache, knowledge }: LayerBlob): Promise<void> {
+    const { digest, source } = knowledge.blob;
+    const before = knowledge.wrong;
+    for (let attempt = 1; knowledge.digests === undefined; attempt++) {
+      if (knowledge.wrong !== before) {
+        throw new ReadError('corrupt', `blob ${digest}: another blob came: ${knowledge.wrong ?? ''}`);
+      }
+      if (attempt > 3) {
+        throw new ReadError(
+          'local',
+          `blob ${digest} of ${source}: the cache cannot keep the whole of it; look at its disk`,
+        );
+      }
+      await cache.fill(0, cache.size);
+      await cache.settled();
+      if (cache.allCached) await this.verifier.verify(knowledge, cache);
+    }
+  }
+
+  /**
+   * Sees to it that the blob is completed some day, and verified when it is.
+   *
+   * @param refuse is told when it turns out to be another one
+   * @returns ends that
+   */
+  lookAfter(blob: LayerBlob, refuse: (error: ReadError) => void): () => void {
+    const { cache, knowledge, slots, log } = blob;
+    const ended = new AbortController();
+    const forget = this.#options.configuration.background.download
+      ? this.#downloads.add({
+          digest: knowledge.blob.digest,
+          size: cache.size,
+          fill: (offset, length) => cache.fill(offset, length),
+          cachedBytes: () => cache.statistics.cachedBytes,
+          complete: () => cache.allCached,
+          quietMs: () => slots.quietMs,
+          log,
+        })
+      : () => undefined;
+    this.#verifyWhenComplete(blob, ended.signal).catch((error: unknown) => {
+      if (error instanceof ReadError && error.kind === 'corrupt') refuse(error);
+      else if (!ended.signal.aborted) log.warn({ err: error }, 'the blob cannot be verified');
+    });
+    return () => {
+      ended.abort();
+      forget();
+    };
+  }
+
+  async #verifyWhenComplete({ cache, knowledge }: LayerBlob, signal: AbortSignal): Promise<void> {
+    while (knowledge.digests === undefined && !signal.aborted) {
+      await cache.whenComplete();
+      if (signal.aborted || (await this.verifier.verify(knowledge, cache))) return;
+      await delay(VERIFY_RETRY, undefined, { signal, ref: false });
+    }
+  }
+
+  #slotsOf(host: string): FetchSlots {
+    let slots = this.#slots.get(host);
+    if (slots === undefined) {
+      slots = new FetchSlots(this.#options.configuration.registry.max_connections_per_host);
+      this.#slots.set(host, slots);
+    }
+    return slots;
+  }
+}
+
+/** @param text `22:00-06:00`, or nothing */
+function dayWindow(text: string): DayWindow | undefined {
+  const [from, to] = text.split('-').map((time) => {
+    const [hours = '', minutes = ''] = time.split(':');
+    return 60 * Number(hours) + Number(minutes);
+  });
+  return text === '' || from === undefined || to === undefined ? undefined : { from, to };
+}
