@@ -99,13 +99,13 @@ export function layerStatus(given: control.Device.$Properties): LayerStatus {
 }
 
 export function hostStatus(given: control.RegistryHost.$Properties): HostStatus {
-  const { lastMs, ...host } = control.RegistryHost.create(given);
+  const host = control.RegistryHost.create(given);
   return {
     host: host.host,
     healthy: host.trouble === '' && host.restingMs === 0,
     requests: host.requests,
     failures: host.failures,
-    lastMs: host.requests > host.failures ? lastMs : null,
+    lastMs: host.requests > host.failures ? host.lastMs : null,
     trouble: host.trouble,
     restingMs: host.restingMs,
     busy: host.busy,
