@@ -20,6 +20,7 @@ import { SeededRandom } from '../../metadata/testing/seeded-random.js';
 import { buildDebianImage } from '../image/debian-image.js';
 import { smallErofs } from '../image/small-erofs.js';
 import { buildTinyImage, TINY_GREETING } from '../image/tiny-image.js';
+import type { Containerd } from '../stack/containerd.js';
 import { Stack } from '../stack/stack.js';
 import { LayerRegistry } from '../system/layer-registry.js';
 import { backendOf, missingForSystemTests } from '../system/requirements.js';
@@ -93,6 +94,13 @@ async function kills(scene: Scene, random: SeededRandom): Promise<Kill[]> {
   return done;
 }
 
+/** Everything of containerd's. A pull that was cut short has left a lease, which holds its snapshots for a day. */
+async function removeAll(containerd: Containerd): Promise<void> {
+  const { stdout } = await containerd.ctr('leases', 'ls', '--quiet');
+  for (const lease of String(stdout).split('\n').filter(Boolean)) await containerd.ctr('leases', 'rm', lease);
+  await containerd.removeAll();
+}
+
 async function main(): Promise<boolean> {
   const missing = await missingForSystemTests();
   if (missing !== undefined) {
@@ -143,9 +151,10 @@ async function main(): Promise<boolean> {
 
     const reading = await witness.stop();
     for (const complaint of witness.complaints.slice(0, 20)) failures.push(`in the container: ${complaint}`);
-    await (await node.containerd).removeAll();
+    await removeAll(await node.containerd);
     const leaks = await remainingState(node);
     await node.stop();
+    failures.push(...(await stack.stop()));
     leaks.push(...(await remainingProcesses(stack.directory)));
     return report({
       ...{ attach: backend, kills: done, reading, leaks, failures, nodeStart },

@@ -5,6 +5,7 @@ import { readdir } from 'node:fs/promises';
 import { setTimeout as delay } from 'node:timers/promises';
 import path from 'node:path';
 import Database from 'better-sqlite3';
+import { mountTable } from '../../snapshotter/mount-table.js';
 import { patience } from '../patience.js';
 import { leftovers } from '../stack/leftovers.js';
 import { SnapshotsClient } from '../stack/snapshots-client.js';
@@ -32,9 +33,12 @@ async function remainsNow(node: CrashNode): Promise<string[]> {
   }
   for (const { path: device } of (await (await node.snapshotter).devices()) ?? [])
     found.push(`device ${device}`);
-  // The connection's own mount stays as long as the data plane does.
-  const { mounts } = await leftovers(node.directory);
-  for (const mount of mounts) if (mount !== node.places.fuse) found.push(`mount ${mount}`);
+  // Looking at no mounted directory: this process is the registry that such a look may wait for. The connection's own
+  // mount stays as long as the data plane does.
+  for (const { mountPoint } of await mountTable()) {
+    if (mountPoint.startsWith(`${node.directory}/`) && mountPoint !== node.places.fuse)
+      found.push(`mount ${mountPoint}`);
+  }
   return found;
 }
 
@@ -57,8 +61,8 @@ export async function remainingState(node: CrashNode): Promise<string[]> {
   }
 }
 
-/** @returns what is left of the stopped stack besides plain files: mounts, devices, processes, cgroups */
+/** @returns what is left of the stopped stack besides plain files, and the cgroup that runc makes for all containers */
 export async function remainingProcesses(directory: string): Promise<string[]> {
-  const { mounts, loops, nbd, processes, cgroups } = await leftovers(directory);
-  return [mounts, loops, nbd, processes, cgroups].flat();
+  const { mounts, loops, nbd, processes } = await leftovers(directory);
+  return [mounts, loops, nbd, processes].flat();
 }
