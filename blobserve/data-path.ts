@@ -202,7 +202,7 @@ export class LayerPaths {
       opened.push(tarindex);
       const padding = record.deviceSize - record.tarindexSize - record.tarSize;
       const parts = [tarindex, tar, ...(padding > 0 ? [new ZerosReader(padding)] : [])];
-      return this.#path(blob, new ConcatReader(name, parts), indexing);
+      return this.#path(blob, new ConcatReader(name, parts), indexing ?? { requests: 0, bytes: 0 });
     } catch (error) {
       for (const one of opened) await one.close();
       throw error;
@@ -212,17 +212,17 @@ export class LayerPaths {
   #path(
     blob: LayerBlob,
     device: BlobReader,
-    before: RegistryRangeReader['traffic'] = { requests: 0, bytes: 0 },
+    before?: RegistryRangeReader['traffic'],
   ): LayerPath & { readonly guard: GuardReader } {
     const guard = new GuardReader(this.#readahead(device));
-    const end = this.#options.blobs.lookAfter(blob, (error) => guard.refuse(error));
+    const end = this.#options.blobs.lookAfter(blob, (error) => guard.refuse(error), before !== undefined);
     return {
       reader: guard,
       guard,
       statistics: () => ({
         cachedBytes: blob.cache.statistics.cachedBytes,
-        fetchedBytes: before.bytes + blob.range.traffic.bytes,
-        requests: before.requests + blob.range.traffic.requests,
+        fetchedBytes: (before?.bytes ?? 0) + blob.range.traffic.bytes,
+        requests: (before?.requests ?? 0) + blob.range.traffic.requests,
         misses: blob.cache.statistics.misses,
       }),
       close: () => {

@@ -151,9 +151,10 @@ export class LayerBlobs {
    * Sees to it that the blob is completed some day, and verified when it is.
    *
    * @param refuse is told when it turns out to be another one
+   * @param indexed it was verified as a whole while it was indexed: there is no hurry
    * @returns ends that
    */
-  lookAfter(blob: LayerBlob, refuse: (error: ReadError) => void): () => void {
+  lookAfter(blob: LayerBlob, refuse: (error: ReadError) => void, indexed: boolean): () => void {
     const { cache, knowledge, slots, log } = blob;
     const ended = new AbortController();
     const forget = this.#options.configuration.background.download
@@ -167,7 +168,8 @@ export class LayerBlobs {
           log,
         })
       : () => undefined;
-    this.#verifyWhenComplete(blob, ended.signal).catch((error: unknown) => {
+    const verifyAfter = indexed ? this.#options.configuration.background.delay : 0;
+    this.#verifyWhenComplete(blob, verifyAfter, ended.signal).catch((error: unknown) => {
       if (error instanceof ReadError && error.kind === 'corrupt') refuse(error);
       else if (!ended.signal.aborted) log.warn({ err: error }, 'the blob cannot be verified');
     });
@@ -177,7 +179,12 @@ export class LayerBlobs {
     };
   }
 
-  async #verifyWhenComplete({ cache, knowledge }: LayerBlob, signal: AbortSignal): Promise<void> {
+  async #verifyWhenComplete(
+    { cache, knowledge }: LayerBlob,
+    delayMs: number,
+    signal: AbortSignal,
+  ): Promise<void> {
+    await delay(delayMs, undefined, { signal, ref: false });
     while (knowledge.digests === undefined && !signal.aborted) {
       await cache.whenComplete();
       if (signal.aborted || (await this.verifier.verify(knowledge, cache))) return;
