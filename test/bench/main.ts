@@ -6,6 +6,7 @@ import { cachedReadBenchmark } from './cached-read.js';
 import { gunzip } from './gunzip.js';
 import { index } from './index.js';
 import { memory } from './memory.js';
+import { rpc } from './rpc.js';
 import { serve } from './serve.js';
 
 const BENCHMARKS: Record<string, ((arguments_: string[]) => Promise<void>) | undefined> = {
@@ -13,7 +14,9 @@ const BENCHMARKS: Record<string, ((arguments_: string[]) => Promise<void>) | und
   gunzip,
   index,
   memory,
+  rpc,
   serve,
+  snapshots: rpc,
 };
 
 const [, , name = '', ...rest] = process.argv;
