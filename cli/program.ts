@@ -4,6 +4,7 @@
 import { Command } from 'commander';
 import { VERSION } from '../daemon/version.js';
 import { addDoctorCommand } from './doctor.js';
+import { addInspectCommand } from './inspect.js';
 import { addStatusCommand } from './status.js';
 import { addTopCommand } from './top.js';
 import { addPullCommand } from './pull-command.js';
@@ -21,5 +22,6 @@ export function createProgram(): Command {
   addStatusCommand(program);
   addTopCommand(program);
   addDoctorCommand(program);
+  addInspectCommand(program);
   return program;
 }
