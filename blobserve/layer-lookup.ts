@@ -29,6 +29,11 @@ const configuration = z.object({
 
 type Source = control.LayerSource.$Properties;
 
+/** Whether a layer is a tar, compressed or not: served through an index. */
+export function isClassic(kind: control.LayerKind | null | undefined): boolean {
+  return kind === control.LayerKind.TAR || kind === control.LayerKind.TAR_GZIP;
+}
+
 export class LayerLookup {
   readonly #client: RegistryClient;
   /** By reference with digest; a manifest never changes. Failures are not kept. */

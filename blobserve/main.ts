@@ -21,7 +21,7 @@ import { controlImplementation } from './control-service.js';
 import { LayerPaths } from './data-path.js';
 import { LayerBlobs } from './layer-blobs.js';
 import { LayerIndexer } from './layer-indexer.js';
-import { LayerLookup } from './layer-lookup.js';
+import { isClassic, LayerLookup } from './layer-lookup.js';
 import { LayerServer } from './layer-server.js';
 import { PublishedIndexes } from './published/published-indexes.js';
 import { openRegistryClient } from './open-registry-client.js';
@@ -58,9 +58,6 @@ async function openBackend(
     log,
   });
 }
-
-const isClassic = (kind: control.LayerKind | null | undefined): boolean =>
-  kind === control.LayerKind.TAR || kind === control.LayerKind.TAR_GZIP;
 
 /**
  * Waits for a line from the snapshotter: it has written down which process this is. When it died before, nobody knows of

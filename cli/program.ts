@@ -5,6 +5,7 @@ import { Command } from 'commander';
 import { VERSION } from '../daemon/version.js';
 import { addDoctorCommand } from './doctor.js';
 import { addInspectCommand } from './inspect.js';
+import { addIndexCommand } from './index-command.js';
 import { addStatusCommand } from './status.js';
 import { addTopCommand } from './top.js';
 import { addPullCommand } from './pull-command.js';
@@ -19,6 +20,7 @@ export function createProgram(): Command {
     .configureOutput({ outputError: () => undefined, writeErr: () => undefined });
   // Here each subcommand's file adds its command, in the order of the help.
   addPullCommand(program);
+  addIndexCommand(program);
   addStatusCommand(program);
   addTopCommand(program);
   addDoctorCommand(program);

@@ -1,10 +1,13 @@
 /**
- * A node that has never seen an image and finds its index in the registry, made and pushed by SOCI's own program from
- * another node.
+ * A node that has never seen an image and finds its index in the registry, published from another node: by SOCI's own
+ * program, or by ours.
  */
-import { readFile } from 'node:fs/promises';
+import { readFile, writeFile } from 'node:fs/promises';
 import path from 'node:path';
+import process from 'node:process';
+import { execa } from 'execa';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { checkout } from '../debian/packages.js';
 import { layerBytes, type Image } from '../image/oci-layout.js';
 import { buildTinyImage, TINY_GREETING } from '../image/tiny-image.js';
 import type { Containerd } from '../stack/containerd.js';
@@ -21,9 +24,51 @@ const CONFIGURATION = `version = 1
 readahead = "0B"
 [cache]
 span_size = "16KiB"
+[index]
+span_size = "64KiB"
 `;
 
-describe('an image whose index SOCI has pushed', () => {
+/** Publishes an image's index from a machine of its own. */
+type Publish = (reference: string, publisher: Stack) => Promise<void>;
+
+async function publishWithSoci(reference: string, publisher: Stack): Promise<void> {
+  const containerd = await publisher.startContainerd();
+  await containerd.ctr('image', 'pull', '--plain-http', '--snapshotter', 'overlayfs', reference);
+  const soci = await Soci.create(containerd, path.join(publisher.directory, 'soci'));
+  await soci.index(reference);
+  await soci.push(reference);
+}
+
+interface Published {
+  readonly digest: string;
+  readonly layers: number;
+  readonly bytes: number;
+  readonly pushedBytes: number;
+}
+
+async function index(reference: string, out: string): Promise<Published> {
+  const command = path.join(checkout, 'dist', 'cli', 'main.js');
+  const config = path.join(path.dirname(out), 'config.toml');
+  await writeFile(config, CONFIGURATION);
+  const choice = ['index', '--push', '--json', '--config', config, '--out', out, reference];
+  const { stdout } = await execa(process.execPath, [command, ...choice], { timeout: 120_000 });
+  return JSON.parse(stdout) as Published;
+}
+
+async function publishOurs(reference: string, publisher: Stack): Promise<void> {
+  const first = await index(reference, path.join(publisher.directory, 'first'));
+  expect(first.pushedBytes).toBe(first.bytes);
+  // From another machine, of the same image: the same artifact, and nothing to send.
+  const second = await index(reference, path.join(publisher.directory, 'second'));
+  expect(second).toEqual({ ...first, pushedBytes: 0 });
+}
+
+const PUBLISHERS: readonly (readonly [string, 'soci' | 'erofs-nbd', Publish])[] = [
+  ['SOCI', 'soci', publishWithSoci],
+  ['erofs-nbd index --push', 'erofs-nbd', publishOurs],
+];
+
+describe.each(PUBLISHERS)('an image whose index was published by %s', (_name, kind, publish) => {
   let publisher: Stack;
   let node: Stack;
   let registry: Registry;
@@ -38,11 +83,7 @@ describe('an image whose index SOCI has pushed', () => {
     publisher = await Stack.create();
     registry = await publisher.startRegistry();
     reference = await registry.push(image, 'tiny:latest');
-    const other = await publisher.startContainerd();
-    await other.ctr('image', 'pull', '--plain-http', '--snapshotter', 'overlayfs', reference);
-    const soci = await Soci.create(other, path.join(publisher.directory, 'soci'));
-    await soci.index(reference);
-    await soci.push(reference);
+    await publish(reference, publisher);
     node = await Stack.create();
     snapshotter = await node.startSnapshotter({ configuration: CONFIGURATION });
     containerd = await node.startContainerd({ snapshotters: [node.plugin()] });
@@ -59,15 +100,17 @@ describe('an image whose index SOCI has pushed', () => {
     });
   const fetched = (): number =>
     image.layers.reduce((sum, { digest }) => sum + (registry.traffic().get(digest)?.bytes ?? 0), 0);
+  const log = (): Promise<string> => readFile(path.join(node.directory, 'erofs-nbd.log'), 'utf8');
 
   test('is lazy on its first pull', async () => {
     const before = fetched();
     await containerd.ctr('image', 'pull', '--plain-http', '--snapshotter', 'erofs-nbd', reference);
     const { stdout } = await containerd.ctr('run', '--rm', '--snapshotter', 'erofs-nbd', reference, 'first');
     expect(`${String(stdout)}\n`).toBe(TINY_GREETING);
-    const log = await readFile(path.join(node.directory, 'erofs-nbd.log'), 'utf8');
-    expect(log.match(/took a published index/g)).toHaveLength(image.layers.length);
-    expect(log).not.toContain('layer indexed');
+    const lines = (await log()).split('\n').filter((line) => line.includes('took a published index'));
+    expect(lines).toHaveLength(image.layers.length);
+    for (const line of lines) expect(line).toContain(`"kind":"${kind}"`);
+    expect(await log()).not.toContain('layer indexed');
     const part = (fetched() - before) / layerBytes(image);
     expect(part).toBeGreaterThan(0.05);
     expect(part).toBeLessThan(0.95);
