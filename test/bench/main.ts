@@ -5,7 +5,9 @@
 import { cachedReadBenchmark } from './cached-read.js';
 import { gunzip } from './gunzip.js';
 import { index } from './index.js';
+import { link } from './link.js';
 import { memory } from './memory.js';
+import { recovery } from './recovery.js';
 import { rpc } from './rpc.js';
 import { serve } from './serve.js';
 
@@ -13,7 +15,9 @@ const BENCHMARKS: Record<string, ((arguments_: string[]) => Promise<void>) | und
   'cached-read': cachedReadBenchmark,
   gunzip,
   index,
+  link,
   memory,
+  recovery,
   rpc,
   serve,
   snapshots: rpc,
