@@ -93,13 +93,25 @@ export class DockerRegistry {
     return { digest: `sha256:${createHash('sha256').update(body).digest('hex')}`, size: body.length };
   }
 
+  /** Whether a blob of a repository is in its own storage: a pull-through cache answers before it has written it down. */
+  stores(repository: string, digest: string): boolean {
+    const link = join(
+      'docker/registry/v2/repositories',
+      repository,
+      '_layers',
+      digest.replace(':', '/'),
+      'link',
+    );
+    return existsSync(join(this.folder, 'data', link));
+  }
+
   async stop(): Promise<void> {
     const gone = new Promise<void>((resolve) => this.child.once('exit', () => resolve()));
     if (this.child.exitCode === null && this.child.signalCode === null) {
       this.child.kill('SIGKILL');
       await gone;
     }
-    await rm(this.folder, { recursive: true });
+    await rm(this.folder, { recursive: true, force: true });
   }
 
   async #send(method: string, url: string, body?: Buffer, type?: string): Promise<Response> {

@@ -29,7 +29,8 @@ export interface Meeting {
   readonly pass: () => Promise<void>;
 }
 
-export type Fault = (meeting: Meeting) => Promise<void> | void;
+/** What it returns is awaited. */
+export type Fault = (meeting: Meeting) => unknown;
 
 export interface TlsIdentity {
   readonly key: string;
