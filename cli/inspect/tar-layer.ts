@@ -68,7 +68,7 @@ export async function inspectTar(
       diffId: `sha256:${plain.digest('hex')}`,
       uncompressedBytes: size,
       entries: summary?.entries ?? 0,
-      types,
+      types: Object.fromEntries(Object.entries(types).sort(([a], [b]) => (a < b ? -1 : 1))),
       ...count,
       endMarker: summary?.endMarker ?? false,
       largestFile: largest === undefined ? null : `${utf8(largest.path)} (${formatSize(largest.size)})`,
