@@ -9,6 +9,8 @@ import { patience } from '../patience.js';
 
 /** Milliseconds: a call that hangs fails its test, by name. */
 const TIMEOUT = patience(60_000);
+/** Preparing a layer may take indexing it first. */
+const PREPARE_TIMEOUT = patience(300_000);
 
 export class SnapshotsClient {
   readonly #client: grpc.Client;
@@ -21,7 +23,7 @@ export class SnapshotsClient {
   }
 
   prepare(key: string, parent = '', labels: Record<string, string> = {}) {
-    return unaryCall(this.#client, snapshotsService.prepare, { key, parent, labels }, TIMEOUT);
+    return unaryCall(this.#client, snapshotsService.prepare, { key, parent, labels }, PREPARE_TIMEOUT);
   }
 
   view(key: string, parent = '', labels: Record<string, string> = {}) {
