@@ -3,6 +3,7 @@
  * Blobserve, the data plane: started and watched by the snapshotter, answering page faults and nothing else.
  */
 import { readSync } from 'node:fs';
+import { writeFileSync } from 'node:fs';
 import { rm } from 'node:fs/promises';
 import process from 'node:process';
 import * as grpc from '@grpc/grpc-js';
@@ -67,6 +68,15 @@ function isWrittenDown(): boolean {
   return readSync(0, Buffer.alloc(1)) === 1;
 }
 
+/** Passwords and tokens are in memory while they are used. (core(5): no kind of mapping is written.) */
+function keepMemoryOutOfCoreDumps(log: Logger): void {
+  try {
+    writeFileSync('/proc/self/coredump_filter', '0');
+  } catch (error) {
+    log.warn({ err: error }, 'a core dump of this process would hold passwords and tokens');
+  }
+}
+
 async function main(): Promise<void> {
   const options = new Command('blobserve')
     .description("erofs-nbd's data plane; started by erofs-nbd-snapshotter")
@@ -85,6 +95,7 @@ async function main(): Promise<void> {
   });
   if (!isWrittenDown()) return;
   const log = createLogger('blobserve', configuration.log.level, configuration.log.format);
+  keepMemoryOutOfCoreDumps(log);
   const layout = layoutOf(configuration.root);
   const fuseMountPoint = options.attach === 'fuse' ? layout.fuse : '';
   const backend = await openBackend(options, configuration, fuseMountPoint, log);
@@ -101,7 +112,9 @@ async function main(): Promise<void> {
   });
   const published = new PublishedIndexes({
     registry: client,
-    trust: index.trust,
+    // What refers to an image is anchored in nothing that the image's digest covers.
+    trust:
+      configuration.integrity.verify === 'strict' && index.trust === 'referrers' ? 'pinned' : index.trust,
     lookupTimeoutMs: index.lookup_timeout,
     maxBytes: index.max_published,
     maxUncompressedBytes: index.max_uncompressed,
