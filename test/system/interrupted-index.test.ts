@@ -1,12 +1,16 @@
 /**
- * Killing daemons while a layer is indexed on its first pull: what was fetched before is not fetched again.
+ * Killing daemons while a layer is indexed on its first pull: what was fetched before is not fetched again, and what was
+ * inflated before the last point that was kept is not inflated again.
  */
 import { createHash, randomBytes } from 'node:crypto';
-import { mkdir, readFile } from 'node:fs/promises';
+import { mkdir, readFile, stat } from 'node:fs/promises';
 import path from 'node:path';
 import { gzipSync } from 'node:zlib';
 import { status } from '@grpc/grpc-js';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { indexFiles } from '../../blobserve/layer/index/layer-index.js';
+import { LayerScan } from '../../blobserve/layer/index/layer-scan.js';
+import { layout } from '../../daemon/layout.js';
 import type { Mount } from '../../snapshotter/overlay.js';
 import { type Exchange, requestedRange } from '../fault-server.js';
 import { END, entry } from '../hand-made-tar.js';
@@ -16,7 +20,7 @@ import type { Snapshotter } from '../stack/snapshotter.js';
 import { Stack } from '../stack/stack.js';
 import { LayerRegistry, type WantedLayer } from './layer-registry.js';
 import { withMounts } from './mounts.js';
-import { cachedSpans, indexFileNames } from './node-state.js';
+import { cachedSpans, indexFileNames, logged } from './node-state.js';
 import { missingForSystemTests } from './requirements.js';
 
 const missing = await missingForSystemTests();
@@ -65,17 +69,39 @@ class Gate {
   }
 }
 
-describe('a first pull that is interrupted', () => {
+/** The files of an index that nothing disturbed. */
+async function undisturbedIndex(blob: Buffer, directory: string): Promise<Buffer[]> {
+  const files = indexFiles(directory, sha256(blob));
+  const scan = await LayerScan.start({
+    files,
+    compression: 'gzip',
+    spanSize: 512 * 1024,
+    maxUncompressedBytes: 1 << 30,
+  });
+  for (let at = 0; at < blob.length; at += 1 << 20) await scan.write(blob.subarray(at, at + (1 << 20)));
+  await scan.finish();
+  return Promise.all([readFile(files.tarindex), readFile(files.checkpoints)]);
+}
+
+describe.each([
+  // Below the distance of two points to go on from: it is inflated again, from the cache.
+  { name: 'of a small layer', bytes: 5_000_000, request: SPAN, answered: 9 },
+  { name: 'of a layer with points to go on from', bytes: 100_000_000, request: 1 << 20, answered: 80 },
+])('a first pull $name that is interrupted', ({ bytes, request, answered }) => {
   let stack: Stack;
   let registry: LayerRegistry;
   let snapshotter: Snapshotter;
   let client: SnapshotsClient;
   let wanted: WantedLayer;
   let gate: Gate;
-  const data = randomBytes(5_000_000);
+  const data = randomBytes(bytes);
   const tar = Buffer.concat([entry({ name: 'data' }, data), END]);
-  const blob = gzipSync(tar);
-  const spans = Math.ceil(blob.length / SPAN);
+  const blob = gzipSync(tar, { level: 1 });
+  /** Where the ranges begin that are asked for: the first look is at the first span alone. */
+  const starts = Array.from({ length: Math.ceil(blob.length / request) }, (_, i) => i * request);
+  if (request > SPAN) starts.splice(1, 0, SPAN);
+  const large = bytes > 64 * 1024 * 1024;
+  const configuration = CONFIGURATION.replace('max_range = "256KiB"', `max_range = "${request}B"`);
 
   beforeEach(async () => {
     if (missing !== undefined) return;
@@ -93,10 +119,12 @@ describe('a first pull that is interrupted', () => {
       },
       layers: [{ mediaType: TAR_GZIP_LAYER, digest, size: blob.length }],
     };
-    wanted = registry.wanted(digest, registry.server.addManifest('latest', manifest, MANIFEST));
-    gate = new Gate(9);
+    // A layer on no other has its diff ID for a chain ID.
+    const labels = { 'containerd.io/snapshot.ref': sha256(tar) };
+    wanted = registry.wanted(digest, registry.server.addManifest('latest', manifest, MANIFEST), labels);
+    gate = new Gate(answered);
     registry.server.failAlways(digest, gate.fault);
-    snapshotter = await stack.startSnapshotter({ configuration: CONFIGURATION });
+    snapshotter = await stack.startSnapshotter({ configuration });
     client = new SnapshotsClient(snapshotter.plugin.address);
   });
   afterEach(async () => {
@@ -115,20 +143,36 @@ describe('a first pull that is interrupted', () => {
   /** Waits until nothing more comes, and what came is kept. */
   const untilStuck = async (): Promise<number[]> => {
     await expect.poll(() => gate.waiting, { timeout: 60_000 }).toBeGreaterThan(0);
-    expect(gate.answered).toHaveLength(9);
-    await expect.poll(() => cachedSpans(snapshotter.plugin.root, wanted.digest), { timeout: 60_000 }).toBe(9);
+    expect(gate.answered).toHaveLength(answered);
+    await expect
+      .poll(() => cachedSpans(snapshotter.plugin.root, wanted.digest), { timeout: 60_000 })
+      .toBe((starts[answered] ?? 0) / SPAN);
+    if (large) {
+      // Two points, each with its window, which does not compress.
+      const { journal } = indexFiles(layout(snapshotter.plugin.root).index, wanted.digest);
+      await expect
+        .poll(() => stat(journal).then(({ size }) => size), { timeout: 60_000 })
+        .toBeGreaterThan(65_536);
+    }
     return [...gate.answered];
   };
 
   const expectWhole = async (before: readonly number[]): Promise<void> => {
-    // Each span was answered once, before or after.
-    expect([...gate.answered].sort((a, b) => a - b)).toEqual(
-      Array.from({ length: spans }, (_, i) => i * SPAN),
-    );
+    // Each range was answered once, before or after.
+    expect([...gate.answered].sort((a, b) => a - b)).toEqual(starts);
     expect(gate.answered.slice(0, before.length)).toEqual(before);
     const { root } = snapshotter.plugin;
     const hex = wanted.digest.replace('sha256:', 'sha256/');
     expect(await indexFileNames(root)).toEqual(['erofs', 'json', 'zwin'].map((end) => `${hex}.${end}`));
+    const files = indexFiles(layout(root).index, wanted.digest);
+    const made = await Promise.all([readFile(files.tarindex), readFile(files.checkpoints)]);
+    const right = await undisturbedIndex(blob, path.join(stack.directory, 'undisturbed'));
+    expect(made.map(sha256)).toEqual(right.map(sha256));
+    // What had been inflated before the last point was not inflated again.
+    const [said = ''] = await logged(snapshotter, 'layer indexed', wanted.digest);
+    const resumedAt = Number(/"resumedAt":(\d+)/.exec(said)?.[1]);
+    if (large) expect(resumedAt).toBeGreaterThan(64_000_000);
+    else expect(resumedAt).toBe(0);
     const [layer] = await client.list('kind==committed');
     const { mounts } = await client.view('look', layer?.name ?? '');
     const target = path.join(stack.directory, 'look');
@@ -136,7 +180,7 @@ describe('a first pull that is interrupted', () => {
     await withMounts(mounts as Mount[], target, async () => {
       expect(sha256(await readFile(path.join(target, 'data')))).toBe(sha256(data));
     });
-    expect(gate.answered).toHaveLength(spans);
+    expect(gate.answered).toHaveLength(starts.length);
     await client.remove('look');
     await client.remove(layer?.name ?? '');
     await expect.poll(async () => (await snapshotter.devices())?.length, { timeout: 60_000 }).toBe(0);
@@ -159,7 +203,7 @@ describe('a first pull that is interrupted', () => {
     process.kill(pid, 'SIGKILL');
     expect(await prepared).toMatchObject({ code: status.UNAVAILABLE });
     gate.open();
-    snapshotter = await stack.startSnapshotter({ configuration: CONFIGURATION });
+    snapshotter = await stack.startSnapshotter({ configuration });
     client.close();
     client = new SnapshotsClient(snapshotter.plugin.address);
     await expect(client.prepare('test/2/extract', '', wanted.labels)).rejects.toMatchObject({
@@ -171,14 +215,16 @@ describe('a first pull that is interrupted', () => {
   test('by a registry that is away too long fails the pull, and the next one fetches the rest only', async () => {
     await snapshotter.stop();
     await snapshotter.stopServing();
-    const short = CONFIGURATION.replace('[fetch]', '[fetch]\nread_deadline = "1s"');
+    const short = configuration.replace('[fetch]', '[fetch]\nread_deadline = "1s"');
     snapshotter = await stack.startSnapshotter({ configuration: short });
     client.close();
     client = new SnapshotsClient(snapshotter.plugin.address);
     const prepared = client.prepare('test/1/extract', '', wanted.labels).catch((error: unknown) => error);
     const before = await untilStuck();
     expect(await prepared).toMatchObject({ code: status.UNAVAILABLE });
-    expect(await indexFileNames(snapshotter.plugin.root)).toEqual([]);
+    const hex = wanted.digest.replace('sha256:', 'sha256/');
+    const left = large ? ['resume', 'zwin.partial'].map((end) => `${hex}.${end}`) : [];
+    expect(await indexFileNames(snapshotter.plugin.root)).toEqual(left);
     expect(await snapshotter.devices()).toEqual([]);
     gate.open();
     await expect(client.prepare('test/2/extract', '', wanted.labels)).rejects.toMatchObject({
