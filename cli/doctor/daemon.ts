@@ -22,7 +22,7 @@ export async function lookAtDaemons({ address, root }: Configuration): Promise<r
           `${address}: ${state}`,
           state === 'permission denied'
             ? 'run this as root'
-            : 'start erofs-nbd-snapshotter ("systemctl start erofs-nbd"); its log says why when it does not stay',
+            : 'start erofs-nbd-snapshotter ("systemctl start erofs-nbd-snapshotter"); its log says why when it does not stay',
         );
   return [first, ...(await lookAtDataPlane(root))];
 }
