@@ -201,6 +201,7 @@ export async function cachedRead(
   let layerId = 0;
   try {
     if (descriptor !== undefined) await mountFuse(descriptor, fuse);
+    console.error(`copying ${megabytes} MB of ${SOURCE}`);
     const bytes = makeSource(source, megabytes * 1e6);
     const results: CachedReadResult[] = [];
     for (const image of ['uncompressed', 'lz4hc'] as const) {
@@ -218,6 +219,8 @@ export async function cachedRead(
             way === 'loop'
               ? await throughLoop(file, erofs)
               : await throughOurs(server, ++layerId, file, erofs);
+          // In the test machine a round takes a while.
+          console.error(`${image}, round ${round}: ${way} ${Math.round(read.ms)} ms`);
           if (round > 0) reads[way].push(read);
         }
       }
