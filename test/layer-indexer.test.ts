@@ -9,45 +9,15 @@ import pino from 'pino';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { mixture } from '../blobserve/layer/gzip/sample-data.js';
 import { type IndexRequest, LayerIndexer, NotIndexableError } from '../blobserve/layer-indexer.js';
-import { type BlobReader, checkRange, ReadError } from '../blobserve/readers/blob-reader.js';
+import { ReadError } from '../blobserve/readers/blob-reader.js';
 import { END, entry } from './hand-made-tar.js';
+import { MemoryBlob } from './memory-blob.js';
 
 const sha256 = (bytes: Buffer): string => `sha256:${createHash('sha256').update(bytes).digest('hex')}`;
 const scanProgram = new URL('../dist/blobserve/layer/index/scan-thread.js', import.meta.url);
 
 const tarOf = (seed: number, size = 3_000_000): Buffer =>
   Buffer.concat([entry({ name: 'data' }, mixture(size, seed)), END]);
-
-/** A blob in memory that counts how it is used. */
-class MemoryBlob implements BlobReader {
-  readonly size: number;
-  reads = 0;
-  closed = 0;
-  forgotten = 0;
-
-  constructor(
-    readonly bytes: Buffer,
-    /** Called before each read. */
-    readonly beforeRead: (offset: number) => void | Promise<void> = () => undefined,
-  ) {
-    this.size = bytes.length;
-  }
-
-  async read(target: Buffer, offset: number): Promise<void> {
-    checkRange('blob', this.size, offset, target.length);
-    this.reads++;
-    await this.beforeRead(offset);
-    this.bytes.copy(target, 0, offset);
-  }
-
-  readNow(): boolean {
-    return false;
-  }
-
-  async close(): Promise<void> {
-    this.closed++;
-  }
-}
 
 describe.skipIf(!existsSync(scanProgram))('the layer indexer', () => {
   const tar = tarOf(1);
