@@ -38,6 +38,12 @@ export interface BlobReader {
   /** Says that bytes given before are not the right ones, though nothing here noticed: a stage that keeps them gets others. */
   distrust?(offset: number, length: number): void;
 
+  /**
+   * Says that the bytes last read there are not what a digest names, so that another place is asked for them next, where
+   * there is one. A hint, as willNeed.
+   */
+  distrust?(offset: number, length: number): void;
+
   /** Releases everything, also `next`. Reads under way reject. Idempotent. */
   close(): Promise<void>;
 }

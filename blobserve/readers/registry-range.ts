@@ -23,6 +23,8 @@ export interface RegistryRangeOptions {
   readonly maxSkipBytes?: number;
 }
 
+/** How many answers are remembered by who gave them. */
+const MAX_GIVEN = 64;
 const DEFAULT_MAX_SKIP = 4 * 1024 * 1024;
 
 /** How an answer's body is to be read. */
@@ -44,6 +46,8 @@ export class RegistryRangeReader implements BlobReader {
   readonly #digest: string;
   readonly #name: string;
   readonly #maxSkip: number;
+  /** The last answers, for whoever verifies them and finds that they are wrong. */
+  readonly #given: { readonly from: number; readonly to: number; readonly distrust: () => void }[] = [];
   readonly #underWay = new Map<AbortController, Promise<void>>();
   #closed = false;
 
@@ -71,6 +75,12 @@ export class RegistryRangeReader implements BlobReader {
       await reading;
     } finally {
       this.#underWay.delete(controller);
+    }
+  }
+
+  distrust(offset: number, length: number): void {
+    for (const { from, to, distrust } of this.#given) {
+      if (from < offset + length && offset < to) distrust();
     }
   }
 
@@ -106,6 +116,8 @@ export class RegistryRangeReader implements BlobReader {
         response.distrust();
         throw error;
       }
+      this.#given.push({ from: offset, to: offset + length, distrust: response.distrust });
+      if (this.#given.length > MAX_GIVEN) this.#given.shift();
       let skip = framing.skip;
       const toItsEnd = await response.body.forEachChunk((chunk) => {
         this.traffic.bytes += chunk.length;

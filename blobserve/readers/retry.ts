@@ -113,6 +113,10 @@ export class RetryReader implements BlobReader {
     this.#next.willNeed?.(offset, length);
   }
 
+  distrust(offset: number, length: number): void {
+    this.#next.distrust?.(offset, length);
+  }
+
   close(): Promise<void> {
     this.#closing.abort();
     this.#closed ??= this.#next.close();

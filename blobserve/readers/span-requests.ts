@@ -516,6 +516,7 @@ export class SpanRequests {
           { blob: name, span, offset, attempt, reason: error.message },
           'wrong bytes came; they are not used',
         );
+        this.#next.distrust?.(offset, bytes.length);
         if (attempt === VERIFY_ATTEMPTS || this.#closed) throw error;
         this.requests++;
         await this.#next.read(bytes, offset);

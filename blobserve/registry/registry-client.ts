@@ -348,7 +348,7 @@ export class RegistryClient {
     const open = (aborts: AbortSignal | undefined): Promise<TransportResponse> =>
       this.#fromAny(request(aborts), async (asked) => {
         const response = await this.#openRange(request(aborts), asked);
-        response.onDistrust(() => this.#lack(asked));
+        response.distrust = () => this.#lack(asked);
         return response;
       });
     if (this.#hedging === undefined) return open(signal);

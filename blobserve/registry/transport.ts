@@ -96,7 +96,8 @@ export interface RegistryHost extends HostExchanges {
 
 /** The answer at the end of the redirects. Its body must be consumed, discarded or destroyed. */
 export class TransportResponse {
-  #onDistrust: () => void = () => undefined;
+  /** Says that what came is not what was asked for, so that another place is asked next, where there is one. */
+  distrust: () => void = () => undefined;
 
   constructor(
     readonly status: number,
@@ -106,16 +107,6 @@ export class TransportResponse {
     readonly body: ResponseBody,
     private readonly headers: Dispatcher.ResponseData['headers'],
   ) {}
-
-  /** Whoever asked wants to know when the answer turns out to be wrong. */
-  onDistrust(action: () => void): void {
-    this.#onDistrust = action;
-  }
-
-  /** Says that what came is not what was asked for, so that another place is asked next, where there is one. */
-  distrust(): void {
-    this.#onDistrust();
-  }
 
   /** A header's value; the values of a header sent more than once are joined by ", " (RFC 9110 §5.3). */
   header(name: string): string | undefined {

@@ -138,7 +138,7 @@ export const FAULTS: readonly NamedFault[] = [
     fault: cutAt(0, () => undefined),
     always: 'error',
     hurry: true,
-    says: /stalled for|came free/,
+    says: /stalled for|came free|no answer/,
   },
   {
     name: 'corrupt byte N',
@@ -257,7 +257,7 @@ export const FAULTS: readonly NamedFault[] = [
     fault: drip,
     always: 'error',
     hurry: true,
-    says: /took longer than|stalled|left alone|came free in time/,
+    says: /took longer than|stalled|left alone|came free|no answer/,
   },
   { name: 'endless body', fault: endless, always: 'error' },
   { name: 'no HTTP', fault: ({ socket }) => socket.end('hello\r\n\r\n'), always: 'error' },

@@ -6,7 +6,10 @@ import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { createServer, type AddressInfo, type Server } from 'node:net';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
+import { pino } from 'pino';
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest';
+import { ReadError } from '../../blobserve/readers/blob-reader.js';
+import { CacheReader } from '../../blobserve/readers/cache.js';
 import { RegistryRangeReader } from '../../blobserve/readers/registry-range.js';
 import { RetryReader } from '../../blobserve/readers/retry.js';
 import { HostsDirectory } from '../../blobserve/registry/hosts-directory.js';
@@ -140,6 +143,30 @@ describe.skipIf(missing !== undefined)(`mirrors ${missing ?? ''}`, () => {
     for (let piece = 0; piece < 5; piece++) await read(reader, piece);
     const names = asked.map((line) => line.split(' ')[0]);
     expect(names).toEqual(['empty', 'liar', 'origin', 'origin', 'origin', 'origin', 'origin']);
+  });
+
+  it('that send wrong bytes in a right frame are left for the next place as soon as a digest tells', async () => {
+    const liar = await mirror('liar', FAULTS.find(({ name }) => name === 'corrupt byte N')?.fault);
+    configure(itself() + hosts(`http://${liar.host}`));
+    const warnings: string[] = [];
+    const cache = await CacheReader.open(open(), {
+      dir: path.join(folder, 'cache'),
+      digest,
+      verify: (span, bytes) => {
+        if (bytes.equals(blob.subarray(span * 262_144, span * 262_144 + bytes.length))) return true;
+        throw new ReadError('corrupt', `span ${span}: these bytes do not have its digest`);
+      },
+      log: pino({ level: 'warn' }, { write: (line: string) => warnings.push(line) }),
+    });
+    closing.push(() => cache.close());
+    for (const piece of [0, 12, 25]) {
+      const target = Buffer.alloc(PIECE);
+      await cache.read(target, piece * PIECE);
+      expect(target.equals(blob.subarray(piece * PIECE, (piece + 1) * PIECE))).toBe(true);
+    }
+    expect(asked.map((line) => line.split(' ')[0])).toEqual(['liar', 'origin', 'origin', 'origin']);
+    expect(warnings).toHaveLength(1);
+    expect(warnings[0]).toContain('wrong bytes came; they are not used');
   });
 
   it('are taken up and left without a restart when the file changes', async () => {
