@@ -24,6 +24,10 @@ export interface SnapshotterOptions {
   /** Lines of the configuration file, in TOML; default: none but the defaults. */
   readonly configuration?: string;
   readonly logLevel?: string;
+  /** Added to its command line. */
+  readonly parameters?: readonly string[];
+  /** Default: the checkout's own, built; another version's otherwise. */
+  readonly main?: string;
   /** Added to its environment. */
   readonly environment?: Readonly<Record<string, string>>;
 }
@@ -59,9 +63,10 @@ export async function startSnapshotter(options: SnapshotterOptions): Promise<Sna
     name,
     command: process.execPath,
     parameters: [
-      MAIN,
+      options.main ?? MAIN,
       ...['--config', configuration, '--root', root, '--address', address],
       ...['--log-level', options.logLevel ?? 'debug'],
+      ...(options.parameters ?? []),
     ],
     log: path.join(directory, `${name}.log`),
     ...(options.environment && { environment: options.environment }),

@@ -3,7 +3,7 @@
  */
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { mkdir, readdir, readFile } from 'node:fs/promises';
+import { cp, mkdir, readdir, readFile, rm, symlink, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { status } from '@grpc/grpc-js';
 import { execa } from 'execa';
@@ -12,15 +12,17 @@ import { layout, type Layout } from '../../daemon/layout.js';
 import type { CallError } from '../../proto/unary-call.js';
 import { isRunning, readIdentity } from '../../snapshotter/process-identity.js';
 import { after, hang } from '../fault-server.js';
+import { checkout } from '../debian/packages.js';
 import { type SmallErofs, smallErofs, withIdentity } from '../image/small-erofs.js';
 import { leftovers } from '../stack/leftovers.js';
 import { SnapshotsClient } from '../stack/snapshots-client.js';
-import type { Snapshotter } from '../stack/snapshotter.js';
+import type { Snapshotter, SnapshotterOptions } from '../stack/snapshotter.js';
 import { Stack } from '../stack/stack.js';
 import { LayerRegistry, type WantedLayer } from './layer-registry.js';
 import { missingForSystemTests } from './requirements.js';
 
 const missing = await missingForSystemTests();
+type StartOptions = Omit<SnapshotterOptions, 'directory'>;
 const CONFIGURATION = `version = 1
 [registry]
 response_timeout = "5s"
@@ -39,9 +41,9 @@ describe('the data plane', () => {
   let places: Layout;
   let nextIdentity = 1;
 
-  const start = async (): Promise<void> => {
+  const start = async (options: StartOptions = {}): Promise<void> => {
     client?.close();
-    snapshotter = await stack.startSnapshotter({ configuration: CONFIGURATION });
+    snapshotter = await stack.startSnapshotter({ configuration: CONFIGURATION, ...options });
     client = new SnapshotsClient(snapshotter.plugin.address);
   };
 
@@ -195,6 +197,52 @@ describe('the data plane', () => {
     expect(await servingPid()).not.toBe(before);
     const { processes } = await leftovers(stack.directory);
     expect(processes.filter((command) => command.includes('blobserve/main.js'))).toHaveLength(1);
+  });
+
+  test('that hangs under a running snapshotter is replaced by it', async () => {
+    const seen = await attach(newLayer());
+    await snapshotter.stop();
+    await start({ configuration: `${CONFIGURATION}[recovery]\nsilence_timeout = "3s"\n` });
+    const before = await servingPid();
+    process.kill(before, 'SIGSTOP');
+    // Nobody serves it until the process has been replaced.
+    expect(await dataOf(seen)).toBe(true);
+    expect(await servingPid()).not.toBe(before);
+    await snapshotter.stop();
+    await start();
+  });
+
+  test('gives its devices to a new one when it is asked to, or is of another version, and readers go on', async () => {
+    const old = path.join(stack.directory, 'old');
+    await mkdir(old);
+    for (const name of ['dist', 'package.json'])
+      await cp(path.join(checkout, name), path.join(old, name), { recursive: true });
+    await symlink(path.join(checkout, 'node_modules'), path.join(old, 'node_modules'));
+    const manifest = JSON.parse(await readFile(path.join(old, 'package.json'), 'utf8')) as {
+      version: string;
+    };
+    await writeFile(path.join(old, 'package.json'), JSON.stringify({ ...manifest, version: '0.0.1' }));
+    await snapshotter.stop();
+    await start({ main: path.join(old, 'dist/snapshotter/main.js') });
+    for (const options of [{}, { parameters: ['--handover'] }]) {
+      const directory = await attach(newLayer());
+      const before = await servingPid();
+      await snapshotter.kill();
+      // As slow as it takes for reads to be under way all the while.
+      registry.server.failAlways('/blobs/', after(300));
+      const reading = dataOf(directory);
+      await start(options);
+      expect(await reading).toBe(true);
+      registry.server.behaveAgain();
+      const successor = async (): Promise<string | undefined> => {
+        const hello = await snapshotter.hello();
+        return hello?.pid === before ? 'the old one' : hello?.version;
+      };
+      await expect.poll(successor).toBe(manifest.version);
+      await expect.poll(() => readFile(`/proc/${before}/stat`).catch(() => 'gone')).toBe('gone');
+      expect(await dataOf(await attach(newLayer()))).toBe(true);
+    }
+    await rm(old, { recursive: true });
   });
 
   test('lets a layer go that was in use when its snapshot was removed, once it is free', async () => {
