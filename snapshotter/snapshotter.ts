@@ -4,7 +4,7 @@
  */
 import { createHash, randomUUID } from 'node:crypto';
 import { renameSync } from 'node:fs';
-import { chmod, mkdir, readdir, rename, rm, stat } from 'node:fs/promises';
+import { chmod, mkdir, readdir, rename, rm } from 'node:fs/promises';
 import path from 'node:path';
 import { status } from '@grpc/grpc-js';
 import { faultPoint } from '../daemon/fault-point.js';
@@ -15,6 +15,7 @@ import type { LayerStore } from '../metadata/layers.js';
 import type { SnapshotInfo, SnapshotNode, SnapshotStore } from '../metadata/snapshots.js';
 import { CallError } from '../proto/unary-call.js';
 import { diskUsage, type Usage } from './disk-usage.js';
+import { layerUsage } from './layer-usage.js';
 import type { LayerAttachments } from './layer-attachments.js';
 import { KeyedLock } from './keyed-lock.js';
 import type { LayerFinder } from './layer-finder.js';
@@ -68,7 +69,9 @@ export class Snapshotter {
   /** Space taken on this node by the snapshot alone, without its parents. */
   async usage(key: string): Promise<Usage> {
     const node = this.#snapshots.get(key);
-    if (node.layerId !== null) return this.#layerUsage(node.layerId);
+    if (node.layerId !== null) {
+      return layerUsage(this.#options.layout, this.#options.layers.get(node.layerId).digest);
+    }
     if (node.kind === 'committed') return this.#snapshots.usage(key);
     return diskUsage(path.join(this.#directory(node.id), 'fs'));
   }
@@ -224,18 +227,6 @@ export class Snapshotter {
 
   #directory(id: number): string {
     return path.join(this.#options.layout.snapshots, String(id));
-  }
-
-  async #layerUsage(layerId: number): Promise<Usage> {
-    const { digest } = this.#options.layers.get(layerId);
-    const [algorithm = '', hex = ''] = digest.split(':');
-    try {
-      const { blocks } = await stat(path.join(this.#options.layout.cache, algorithm, `${hex}.data`));
-      return { size: blocks * 512, inodes: 1 };
-    } catch (error) {
-      if ((error as NodeJS.ErrnoException).code === 'ENOENT') return { size: 0, inodes: 0 };
-      throw error;
-    }
   }
 
   #inBackground(work: Promise<void>, what: string): void {
