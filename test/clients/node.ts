@@ -8,7 +8,7 @@ import { compileGo } from '../conformance/go-programs.js';
 import { checkout, type ContainerdSuite } from '../debian/packages.js';
 import type { Image } from '../image/oci-layout.js';
 import { patience } from '../patience.js';
-import type { Containerd } from '../stack/containerd.js';
+import type { Containerd, ProxyPlugin } from '../stack/containerd.js';
 import { leftovers } from '../stack/leftovers.js';
 import type { Registry } from '../stack/registry.js';
 import { SnapshotsClient } from '../stack/snapshots-client.js';
@@ -20,6 +20,8 @@ export interface NodeOptions {
   /** Whether clients of the transfer service say which image they pull; default: they do not. */
   readonly annotations?: boolean;
   readonly cri?: boolean;
+  /** Makes containerd's configuration of where the snapshotter is. */
+  readonly pasted?: (plugin: ProxyPlugin) => string;
   /** Lines of the snapshotter's configuration besides those that make it find this containerd. */
   readonly configuration?: string;
   /** More lines of its table `[containerd]`. */
@@ -62,6 +64,7 @@ export class ClientNode {
         snapshotters: [stack.plugin()],
         annotations: options.annotations ?? false,
         cri: options.cri ?? false,
+        ...(options.pasted && { pasted: options.pasted(stack.plugin()) }),
       });
       return new ClientNode(stack, registry, snapshotter, containerd);
     } catch (error) {

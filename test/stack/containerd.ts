@@ -25,6 +25,8 @@ export interface ContainerdOptions {
   readonly snapshotters?: readonly ProxyPlugin[];
   /** Kubernetes' interface, left out by default; it uses the first of `snapshotters`. */
   readonly cri?: boolean;
+  /** A configuration as a user would paste it, in place of what is made of `snapshotters`; its first line is the version. */
+  readonly pasted?: string;
   /** Whether clients of the transfer service tell the snapshotter which image they pull; default: they do. */
   readonly annotations?: boolean;
 }
@@ -56,8 +58,9 @@ function configuration(options: ContainerdOptions, home: string, version: string
   const hasTransfer = major > 1 || minor >= 7;
   const quote = JSON.stringify;
   const { snapshotters = [], cri = false, annotations = true } = options;
+  const [first = '', ...rest] = options.pasted?.split('\n') ?? ['version = 2'];
   const lines = [
-    'version = 2',
+    first,
     `root = ${quote(path.join(home, 'root'))}`,
     `state = ${quote(path.join(home, 'state'))}`,
     // Node resource interface and /opt/containerd are of the whole machine: they are not ours to use.
@@ -67,6 +70,7 @@ function configuration(options: ContainerdOptions, home: string, version: string
     '[ttrpc]',
     `  address = ${quote(path.join(home, 'containerd.sock.ttrpc'))}`,
   ];
+  if (options.pasted !== undefined) return [...lines, ...rest].join('\n');
   for (const { name, address, root } of snapshotters) {
     lines.push(
       `[proxy_plugins.${quote(name)}]`,
@@ -77,13 +81,13 @@ function configuration(options: ContainerdOptions, home: string, version: string
       ...(annotations ? ['    enable_remote_snapshot_annotations = "true"'] : []),
     );
   }
-  const first = snapshotters[0]?.name;
-  if (cri && first !== undefined) {
+  const own = snapshotters[0]?.name;
+  if (cri && own !== undefined) {
     lines.push(
       ...(major < 2
         ? ['[plugins."io.containerd.grpc.v1.cri".containerd]', '  disable_snapshot_annotations = false']
         : ['[plugins."io.containerd.cri.v1.images"]']),
-      `  snapshotter = ${quote(first)}`,
+      `  snapshotter = ${quote(own)}`,
     );
   }
   // A list of one's own replaces the default, so the built-in snapshotter is named too.

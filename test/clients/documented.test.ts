@@ -1,0 +1,83 @@
+/**
+ * The configurations of docs/clients, as a user would paste them: pulls by the kubelet's interface and by commands.
+ */
+import { readFile } from 'node:fs/promises';
+import path from 'node:path';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { checkout, type ContainerdSuite } from '../debian/packages.js';
+import { architecture, type Image } from '../image/oci-layout.js';
+import { buildTinyImage, TINY_GREETING } from '../image/tiny-image.js';
+import type { ProxyPlugin } from '../stack/containerd.js';
+import { missingForSystemTests } from '../system/requirements.js';
+import { CriClient } from './cri-client.js';
+import { ClientNode, VERSIONS } from './node.js';
+
+const missing = await missingForSystemTests();
+const test = (name: string, body: () => Promise<void>): void =>
+  it(name, async (context) => {
+    if (missing !== undefined) return context.skip(missing);
+    await body();
+  });
+
+/** The first block of TOML of a page, with the paths of a private node. */
+async function documented(page: string): Promise<(plugin: ProxyPlugin) => string> {
+  const text = await readFile(path.join(checkout, 'docs', 'clients', page), 'utf8');
+  const [, block = ''] = /^```toml\n([\s\S]*?)^```$/m.exec(text) ?? [];
+  expect(block).toContain('/run/erofs-nbd/snapshotter.sock');
+  return ({ address, root }) =>
+    block
+      .replaceAll('/run/erofs-nbd/snapshotter.sock', address)
+      .replaceAll('/var/lib/erofs-nbd', root)
+      .replaceAll('linux/amd64', `linux/${architecture()}`);
+}
+
+const PAGES = { bookworm: 'containerd-1.md', trixie: 'containerd-1.md', sid: 'containerd-2.md' } as const;
+
+const all = process.env['EROFS_NBD_CLIENTS'] === 'all';
+const suites = (Object.entries(PAGES) as [ContainerdSuite, string][]).filter(
+  ([suite]) => all || suite !== 'trixie',
+);
+
+describe.each(suites)('on %s, the configuration of %s', (version, page) => {
+  let node: ClientNode;
+  let image: Image;
+  let reference: string;
+  let digests: string[];
+
+  beforeAll(async () => {
+    if (missing !== undefined) return;
+    // The labels alone have to do.
+    const pasted = await documented(page);
+    node = await ClientNode.start({ version, cri: true, pasted, containerd: 'discover = false' });
+    image = await buildTinyImage({ format: 'tar+gzip' });
+    reference = await node.registry.push(image, 'team/tiny:1');
+    digests = image.layers.map(({ digest }) => digest).sort();
+  });
+  afterAll(async () => {
+    await node?.stack.remove();
+  });
+
+  test(`lets the kubelet pull lazily from ${VERSIONS[version]}`, async () => {
+    const cri = new CriClient(node.containerd.address);
+    try {
+      await cri.pull(reference);
+      expect(await node.downloaded(image, 'k8s.io')).toEqual([]);
+      expect(await node.served()).toEqual(digests);
+      await cri.remove(reference);
+    } finally {
+      cri.close();
+    }
+    await node.expectNothingHeld();
+  });
+
+  test('lets ctr run what was pulled lazily', async () => {
+    // The command that the page of ctr names for this version.
+    if (version === 'sid') await node.ctrPull(reference);
+    else await node.pull(reference);
+    expect(await node.downloaded(image)).toEqual([]);
+    expect(await node.served()).toEqual(digests);
+    expect(await node.run(reference, 'documented')).toBe(TINY_GREETING.trimEnd());
+    await node.removeImages(reference);
+    await node.expectNothingHeld();
+  });
+});
