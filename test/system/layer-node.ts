@@ -2,6 +2,7 @@
  * A node without containerd: a registry, our daemons, and a client that asks for the layers of an image as containerd does.
  */
 import path from 'node:path';
+import { setTimeout as delay } from 'node:timers/promises';
 import { status } from '@grpc/grpc-js';
 import { layout } from '../../daemon/layout.js';
 import { indexFiles, type LayerIndexFiles } from '../../blobserve/layer/index/layer-index.js';
@@ -9,6 +10,7 @@ import type { Mount } from '../../snapshotter/overlay.js';
 import { composeImage, digestOf, type ComposedLayer } from '../image/composed-image.js';
 import type { Image } from '../image/oci-layout.js';
 import { CallError } from '../../proto/unary-call.js';
+import { patience } from '../patience.js';
 import type { Registry } from '../stack/registry.js';
 import { SnapshotsClient } from '../stack/snapshots-client.js';
 import type { Snapshotter } from '../stack/snapshotter.js';
@@ -81,8 +83,8 @@ export class LayerNode {
         throw new Error(`layer ${number} of ${image.reference} is not served: ${String(outcome)}`);
       }
       const [snapshot] = await this.client.list(`labels."containerd.io/snapshot.ref"==${chainId}`);
-      const device = (await this.snapshotter.devices())?.find(({ layerDigest }) => layerDigest === digest);
-      if (snapshot === undefined || device === undefined) throw new Error(`layer ${digest} is nowhere`);
+      if (snapshot === undefined) throw new Error(`layer ${digest} has no snapshot`);
+      const device = await this.#deviceOf(digest);
       below = snapshot.name;
       served.push({
         digest,
@@ -93,6 +95,18 @@ export class LayerNode {
       });
     }
     return served;
+  }
+
+  async #deviceOf(digest: string) {
+    // A data plane that is busy may not answer at once.
+    for (const deadline = Date.now() + patience(30_000); ; await delay(100)) {
+      const devices = await this.snapshotter.devices();
+      const device = devices?.find(({ layerDigest }) => layerDigest === digest);
+      if (device !== undefined) return device;
+      if (Date.now() > deadline) {
+        throw new Error(`layer ${digest} has no device; devices: ${JSON.stringify(devices)}`);
+      }
+    }
   }
 
   /** What a container of the layers up to this one would get. */
