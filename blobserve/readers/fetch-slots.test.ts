@@ -1,0 +1,64 @@
+import { describe, expect, it } from 'vitest';
+import { FetchSlots } from './fetch-slots.js';
+
+describe('slots of requests to a host', () => {
+  it('leave most of them to what readers wait for, and none to one blob alone', () => {
+    const slots = new FetchSlots(8);
+    const take = (urgency: 'background' | 'readahead' | 'wanted'): number => {
+      let taken = 0;
+      while (slots.take({}, urgency)) taken++;
+      return taken;
+    };
+    expect(take('background')).toBe(2);
+    expect(take('readahead')).toBe(2);
+    expect(take('wanted')).toBe(4);
+    expect(slots.used).toBe(8);
+    const one = new FetchSlots(8);
+    const blob = {};
+    let taken = 0;
+    while (one.take(blob, 'wanted')) taken++;
+    expect(taken).toBe(6);
+    expect(one.take({}, 'wanted')).toBe(true);
+  });
+
+  it('have at least one for each urgency', () => {
+    for (const urgency of ['background', 'readahead', 'wanted'] as const) {
+      const slots = new FetchSlots(1);
+      expect(slots.take({}, urgency)).toBe(true);
+      expect(slots.take({}, urgency)).toBe(false);
+    }
+    expect(() => new FetchSlots(0)).toThrow(RangeError);
+  });
+
+  it('call those who wait, the most urgent first, once each', () => {
+    const slots = new FetchSlots(1);
+    const blob = {};
+    slots.take(blob, 'wanted');
+    const calls: string[] = [];
+    const background = (): void => void calls.push('background');
+    const wanted = (): void => {
+      calls.push('wanted');
+      slots.take(blob, 'wanted');
+    };
+    const gone = (): void => void calls.push('gone');
+    slots.whenReleased('background', background);
+    slots.whenReleased('readahead', gone);
+    slots.whenReleased('wanted', wanted);
+    slots.whenReleased('wanted', wanted);
+    slots.forget(gone);
+    slots.release(blob);
+    expect(calls).toEqual(['wanted', 'background']);
+    slots.release(blob);
+    expect(calls).toEqual(['wanted', 'background']);
+    expect(slots.used).toBe(0);
+  });
+
+  it('know when a reader had to wait', () => {
+    const slots = new FetchSlots(4);
+    expect(slots.quietMs).toBe(Infinity);
+    slots.take({}, 'background');
+    expect(slots.quietMs).toBe(Infinity);
+    slots.take({}, 'wanted');
+    expect(slots.quietMs).toBeLessThan(60_000);
+  });
+});
