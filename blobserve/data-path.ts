@@ -13,7 +13,7 @@ import type { Configuration } from '../daemon/configuration.js';
 import type { Logger } from '../daemon/log.js';
 import { control } from '../proto/messages.js';
 import type { LayerBlob, LayerBlobs } from './layer-blobs.js';
-import type { LayerIndexer } from './layer-indexer.js';
+import type { IndexRequest, LayerIndexer } from './layer-indexer.js';
 import { ErofsFormatError, parseSuperBlock, SUPER_BLOCK_READ } from './layer/erofs/super-block.js';
 import { CheckpointError } from './layer/gzip/gzip-error.js';
 import { ZwinIndex } from './layer/gzip/zwin.js';
@@ -89,18 +89,42 @@ export class LayerPaths {
 
   /** Makes the index of a tar or tar.gz layer, unless this node has it. */
   index(source: Source): Promise<LayerIndexRecord> {
-    const { layerDigest: digest = '', size = 0, diffId = '' } = source;
-    return this.#options.indexer.ensure({
-      digest: digest ?? '',
-      size: size ?? 0,
-      diffId: diffId ?? '',
+    return this.#options.indexer.ensure(this.#indexRequest(source));
+  }
+
+  #indexRequest(source: Source): IndexRequest {
+    const digest = source.layerDigest ?? '';
+    return {
+      digest,
+      size: source.size ?? 0,
+      diffId: source.diffId ?? '',
       open: async () => {
         const { cache, range } = await this.#options.blobs.open(source);
-        this.#indexTraffic.set(digest ?? '', range.traffic);
+        this.#indexTraffic.set(digest, range.traffic);
         return { reader: this.#readahead(cache), forget: () => cache.forget() };
       },
       published: (files) => this.#publishedIndex(source, files),
-    });
+    };
+  }
+
+  /** An index that others have published is believed until the layer is here as a whole, and then it is looked at. */
+  async #confirmWhenComplete(
+    source: Source,
+    record: LayerIndexRecord,
+    { cache, log }: LayerBlob,
+    guard: GuardReader,
+    signal: AbortSignal,
+  ): Promise<void> {
+    try {
+      await abortable(cache.whenComplete(), signal);
+      await this.#options.indexer.confirm(this.#indexRequest(source), record);
+    } catch (error) {
+      if (signal.aborted) return;
+      if (error instanceof ReadError && error.kind === 'corrupt') {
+        log.error({ err: error }, 'a published index is refused');
+        guard.refuse(error);
+      } else log.warn({ err: error }, 'a published index could not be confirmed; the next start tries again');
+    }
   }
 
   #publishedIndex(source: Source, files: LayerIndexFiles): Promise<LayerIndexRecord | undefined> {
@@ -202,7 +226,18 @@ export class LayerPaths {
       opened.push(tarindex);
       const padding = record.deviceSize - record.tarindexSize - record.tarSize;
       const parts = [tarindex, tar, ...(padding > 0 ? [new ZerosReader(padding)] : [])];
-      return this.#path(blob, new ConcatReader(name, parts), indexing ?? { requests: 0, bytes: 0 });
+      const before = indexing ?? { requests: 0, bytes: 0 };
+      if (record.origin === undefined) return this.#path(blob, new ConcatReader(name, parts), before);
+      const path = this.#path(blob, new ConcatReader(name, parts), before);
+      const ended = new AbortController();
+      void this.#confirmWhenComplete(source, record, blob, path.guard, ended.signal);
+      return {
+        ...path,
+        close: () => {
+          ended.abort();
+          return path.close();
+        },
+      };
     } catch (error) {
       for (const one of opened) await one.close();
       throw error;

@@ -2,6 +2,7 @@
  * Makes the index of a classic layer while its blob streams from the registry into the cache: nothing is fetched twice,
  * and an interruption is gone on from the last point that was kept (layer/index/resume-journal.ts).
  */
+import path from 'node:path';
 import { Worker } from 'node:worker_threads';
 import pLimit, { type LimitFunction } from 'p-limit';
 import type { Logger } from '../daemon/log.js';
@@ -10,6 +11,7 @@ import {
   indexFiles,
   LayerIndexError,
   readIndexRecord,
+  refuseIndex,
   writeIndexRecord,
   type LayerIndexFiles,
   type LayerIndexRecord,
@@ -124,6 +126,40 @@ export class LayerIndexer {
       await writeIndexRecord(files, published);
       return published;
     });
+  }
+
+  /**
+   * Holds an index that others have published against the layer itself, whose bytes are all here: from then on it is as
+   * good as one made here.
+   *
+   * @param published what `ensure` answered
+   * @throws {ReadError} `corrupt`: it shows something else than the layer has, and is gone; others: the layer cannot be read
+   */
+  async confirm(request: IndexRequest, published: LayerIndexRecord): Promise<void> {
+    const { digest } = request;
+    const { origin, ...record } = published;
+    if (origin === undefined) return;
+    const own = indexFiles(path.join(this.#options.directory, 'confirm'), digest);
+    await this.#limit(async () => {
+      const blob = await request.open();
+      try {
+        const made = await new Scanning(request, own, blob.reader, this.#options, true).run();
+        if (made.tarSize !== record.tarSize || made.tarindexDigest !== record.tarindexDigest) {
+          await refuseIndex(this.files(digest), origin.digest);
+          await clearIndex(this.files(digest));
+          throw new ReadError(
+            'corrupt',
+            `layer ${digest}: the index ${origin.digest} (${origin.kind}) that was published for it shows something else ` +
+              'than the layer has; it is used no more. Look who may push to the repository, remove the image and pull it again',
+          );
+        }
+        await writeIndexRecord(this.files(digest), record);
+      } finally {
+        await blob.reader.close();
+        await clearIndex(own);
+      }
+    });
+    this.#options.log.info({ layer: digest, index: origin.digest }, 'the published index is the layer’s own');
   }
 
   async #make(request: IndexRequest, files: LayerIndexFiles): Promise<LayerIndexRecord> {

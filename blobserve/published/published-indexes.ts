@@ -5,7 +5,7 @@
 import { Worker } from 'node:worker_threads';
 import { LRUCache } from 'lru-cache';
 import type { Logger } from '../../daemon/log.js';
-import type { LayerIndexFiles, LayerIndexRecord } from '../layer/index/layer-index.js';
+import { readRefused, type LayerIndexFiles, type LayerIndexRecord } from '../layer/index/layer-index.js';
 import type { ZtocThreadData, ZtocThreadReply } from '../layer/soci/ztoc-thread.js';
 import type { BlobReader } from '../readers/blob-reader.js';
 import type { Descriptor } from '../registry/manifest.js';
@@ -93,8 +93,13 @@ export class PublishedIndexes {
     if (trust === 'none' || request.manifestDigest === '' || request.diffId === '') return undefined;
     const image = { ...parseReference(request.imageRef), digest: request.manifestDigest };
     const published = await this.#find(image);
+    const refused = await readRefused(files);
     for (const { kind, index, make } of this.#candidates(published, image, request, files, openBlob)) {
       const about = { layer: request.digest, image: request.imageRef, kind, index: index.digest };
+      if (refused.has(index.digest)) {
+        log.warn(about, 'a published index that lied about the layer before is not used');
+        continue;
+      }
       try {
         const record = await make();
         log.info({ ...about, pinned: index.pinned }, 'took a published index');

@@ -21,10 +21,14 @@ export async function inspectRecord(file: InspectedFile): Promise<Inspection | u
   const { digest, blobSize } = claimed;
   if (typeof digest !== 'string' || typeof blobSize !== 'number') return undefined;
   const base = file.name.replace(/\.json$/, '');
-  const record = await readIndexRecord(
-    { record: file.name, tarindex: `${base}.erofs`, checkpoints: `${base}.zwin`, journal: `${base}.resume` },
-    { digest, size: blobSize },
-  );
+  const files = {
+    record: file.name,
+    tarindex: `${base}.erofs`,
+    checkpoints: `${base}.zwin`,
+    refused: `${base}.refused`,
+    journal: `${base}.resume`,
+  };
+  const record = await readIndexRecord(files, { digest, size: blobSize });
   if (record === undefined) throw new Failure(`${file.name}: it was deleted meanwhile`);
   return {
     kind: 'index of a layer',

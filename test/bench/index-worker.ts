@@ -10,7 +10,13 @@ const CHUNK = 1024 * 1024;
 const Job = z.object({
   layer: z.string(),
   spanSize: z.number(),
-  files: z.object({ tarindex: z.string(), checkpoints: z.string(), record: z.string(), journal: z.string() }),
+  files: z.object({
+    tarindex: z.string(),
+    checkpoints: z.string(),
+    record: z.string(),
+    refused: z.string(),
+    journal: z.string(),
+  }),
 });
 
 const hashing = await HashThread.start();

@@ -49,6 +49,7 @@ export async function index(parameters: string[]): Promise<void> {
         tarindex: path.join(directory, 'ours.erofs'),
         checkpoints: path.join(directory, 'ours.zwin'),
         record: path.join(directory, 'ours.json'),
+        refused: path.join(directory, 'ours.refused'),
         journal: path.join(directory, 'ours.resume'),
       },
     };

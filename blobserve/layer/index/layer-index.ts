@@ -4,6 +4,7 @@
  *     <hex>.erofs   the tarindex: an EROFS image of metadata only, whose files' data is in the tar
  *     <hex>.zwin    checkpoints into the gzip stream; absent for a plain tar
  *     <hex>.json    what the two belong to; written last, so an index exists when this file does
+ *     <hex>.refused digests of published indexes that turned out to lie about the layer, a line each
  *     <hex>.resume  while the index is being made: what an interruption is gone on from (resume-journal.ts)
  */
 import { createHash } from 'node:crypto';
@@ -72,6 +73,8 @@ export interface LayerIndexFiles {
   readonly tarindex: string;
   readonly checkpoints: string;
   readonly record: string;
+  /** Published indexes that are not to be used. */
+  readonly refused: string;
   /** What an interrupted indexing goes on from; gone when the record is there. */
   readonly journal: string;
 }
@@ -87,6 +90,7 @@ export function indexFiles(directory: string, digest: string): LayerIndexFiles {
     tarindex: `${base}.erofs`,
     checkpoints: `${base}.zwin`,
     record: `${base}.json`,
+    refused: `${base}.refused`,
     journal: `${base}.resume`,
   };
 }
@@ -183,6 +187,23 @@ async function checkFile(file: string, digest: string, size?: number): Promise<v
   if (actual.digest === digest && (size === undefined || actual.size === size)) return;
   const recorded = size === undefined ? digest : `${size} with ${digest}`;
   throw new LayerIndexError(`${file}: ${actual.size} bytes with ${actual.digest}, recorded are ${recorded}`);
+}
+
+/** Digests of the published indexes that are not to be used for the layer. */
+export async function readRefused(files: LayerIndexFiles): Promise<ReadonlySet<string>> {
+  try {
+    return new Set((await readFile(files.refused, 'utf8')).split('\n').filter((line) => line !== ''));
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return new Set();
+    throw error;
+  }
+}
+
+/** Has a published index not be used for the layer again, also after a restart. */
+export async function refuseIndex(files: LayerIndexFiles, digest: string): Promise<void> {
+  const refused = [...new Set(await readRefused(files)).add(digest)];
+  await mkdir(path.dirname(files.refused), { recursive: true, mode: 0o700 });
+  await writeIndexFile(files.refused, Buffer.from(`${refused.join('\n')}\n`));
 }
 
 /** Makes room for a new index. */
