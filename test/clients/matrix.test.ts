@@ -10,8 +10,9 @@ import type { ContainerdSuite } from '../debian/packages.js';
 import type { Image } from '../image/oci-layout.js';
 import { buildTinyImage, TINY_GREETING } from '../image/tiny-image.js';
 import { chainIdOf } from '../../snapshotter/layer-reference.js';
+import { patience } from '../patience.js';
 import { missingForSystemTests } from '../system/requirements.js';
-import { ClientNode, VERSIONS } from './node.js';
+import { ClientNode, compileGoClient, VERSIONS } from './node.js';
 
 const missing = await missingForSystemTests();
 const test = (name: string, body: () => Promise<void>): void =>
@@ -42,11 +43,12 @@ describe.each(Object.entries(VERSIONS) as [ContainerdSuite, string][])(
 
     beforeAll(async () => {
       if (missing !== undefined) return;
+      if (version !== 'sid') await compileGoClient();
       node = await ClientNode.start({ version });
       image = await buildTinyImage({ format: 'tar+gzip' });
       reference = await node.registry.push(image, 'team/tiny:1');
       topChain = image.diffIds.reduce((chain, diffId) => chainIdOf(chain, diffId), '');
-    });
+    }, patience(900_000));
     afterAll(async () => {
       await node?.stack.remove();
     });

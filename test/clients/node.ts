@@ -38,6 +38,11 @@ export const VERSIONS = {
 /** As `npm run build` leaves it. */
 const COMMAND = path.join(checkout, 'dist', 'cli', 'main.js');
 
+/** Takes minutes the first time: before the tests. */
+export async function compileGoClient(): Promise<string> {
+  return (await compileGo('clients/go-client', { 'go-client': ['build'] })).directory;
+}
+
 export class ClientNode {
   private constructor(
     readonly stack: Stack,
@@ -75,7 +80,7 @@ export class ClientNode {
 
   /** nerdctl's way on containerd 1.x: containerd's Go client, with no handler that adds labels. */
   async goPull(reference: string, namespace = this.containerd.namespace): Promise<void> {
-    const { directory } = await compileGo('clients/go-client', { 'go-client': ['build'] });
+    const directory = await compileGoClient();
     const { address } = this.containerd;
     const parameters = [address, namespace, 'erofs-nbd', 'pull', reference];
     await execa(path.join(directory, 'go-client'), parameters, { stdin: 'ignore' });
@@ -138,5 +143,12 @@ export class ClientNode {
   /** Removes images with all that was made of them, and waits for containerd's collector. */
   async removeImages(...references: string[]): Promise<void> {
     await this.containerd.ctr('image', 'rm', '--sync', ...references);
+  }
+
+  /** Has containerd's collector look again, which it does after something was removed. */
+  async removeOrphans(): Promise<void> {
+    const choice = ['snapshots', '--snapshotter', 'erofs-nbd'];
+    await this.containerd.ctr(...choice, 'prepare', 'passing');
+    await this.containerd.ctr(...choice, 'rm', 'passing');
   }
 }
