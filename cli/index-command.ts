@@ -1,16 +1,18 @@
 /**
- * `erofs-nbd index IMAGE`: makes the index of every tar and tar.gz layer of an image, and with `--push` publishes those of
- * its tar.gz layers beside the image, so that a node that has never seen it starts it lazily.
+ * `erofs-nbd index IMAGE|FILE`: makes the index of every tar and tar.gz layer of an image, or of one in a file, and with
+ * `--push` publishes those of an image's tar.gz layers beside it, so that a node that has never seen it starts it lazily.
  */
+import { stat } from 'node:fs/promises';
 import { homedir } from 'node:os';
 import path from 'node:path';
 import process from 'node:process';
 import { Option, type Command } from 'commander';
 import { LayerIndexer } from '../blobserve/layer-indexer.js';
-import type { LayerIndexRecord } from '../blobserve/layer/index/layer-index.js';
+import { digestFile, type LayerIndexRecord } from '../blobserve/layer/index/layer-index.js';
 import { isClassic, LayerLookup } from '../blobserve/layer-lookup.js';
 import { openRegistryClient } from '../blobserve/open-registry-client.js';
 import { publishIndex, type PublishedArtifact } from '../blobserve/published/publish.js';
+import { FileReader } from '../blobserve/readers/file.js';
 import { RegistryRangeReader } from '../blobserve/readers/registry-range.js';
 import { RetryReader } from '../blobserve/readers/retry.js';
 import { formatReference, ImageReferenceError, parseReference } from '../blobserve/registry/reference.js';
@@ -18,7 +20,8 @@ import type { RegistryClient } from '../blobserve/registry/registry-client.js';
 import { type Configuration, loadConfiguration } from '../daemon/configuration.js';
 import { createLogger } from '../daemon/log.js';
 import { control } from '../proto/messages.js';
-import { UsageError } from './failure.js';
+import { Failure, UsageError } from './failure.js';
+import { type IndexProgress, openIndexProgress } from './index-progress.js';
 import { interruptible, print } from './terminal.js';
 
 interface IndexCommandLine {
@@ -41,8 +44,11 @@ function defaultDirectory(): string {
 export function addIndexCommand(program: Command): void {
   program
     .command('index')
-    .description('make the index of the layers of an image, and publish it beside the image')
-    .argument('<image>', 'host[:port]/repository[:tag][@digest], or a short name of Docker Hub')
+    .description('make the index of the layers of an image or of a file, and publish it beside the image')
+    .argument(
+      '<image-or-file>',
+      'host[:port]/repository[:tag][@digest], or a short name of Docker Hub; a file begins with "/", "./" or "../"',
+    )
     .option('--config <file>', "the snapshotter's configuration file (default: /etc/erofs-nbd/config.toml)")
     .option('--out <directory>', `keep the files there, one set for a layer (default: ${defaultDirectory()})`)
     .option('--push', 'publish it in the image’s repository, as something that refers to the image')
@@ -51,7 +57,51 @@ export function addIndexCommand(program: Command): void {
     )
     .option('-q, --quiet', 'show no progress')
     .option('--json', 'print the result as JSON')
-    .action(indexImage);
+    .action((subject: string, options: IndexCommandLine) =>
+      /^\.{0,2}\//.test(subject) ? indexFile(subject, options) : indexImage(subject, options),
+    );
+}
+
+function openIndexer(directory: string, configuration: Configuration): LayerIndexer {
+  return new LayerIndexer({
+    directory,
+    workers: configuration.index.workers,
+    spanSize: configuration.index.span_size,
+    maxUncompressedBytes: configuration.index.max_uncompressed,
+    maxEntries: configuration.index.max_entries,
+    log: createLogger('erofs-nbd index', 'warn', 'text'),
+  });
+}
+
+async function indexFile(file: string, options: IndexCommandLine): Promise<void> {
+  if (options.push === true) throw new UsageError('--push: a file has no repository; name an image');
+  const status = await stat(file).catch((error: NodeJS.ErrnoException) => {
+    throw new Failure(`${file}: cannot be opened (${error.code ?? error.message})`);
+  });
+  if (!status.isFile()) throw new Failure(`${file}: is no file`);
+  const directory = path.resolve(options.out ?? defaultDirectory());
+  const indexer = openIndexer(directory, loadConfiguration(options.config));
+  const progress = openIndexProgress(process.stderr, options.quiet === true || options.json === true);
+  try {
+    const record = await interruptible(async (signal) => {
+      const { digest, size } = await digestFile(file);
+      signal.throwIfAborted();
+      const open = async () => ({
+        reader: progress.metered(await FileReader.open({ path: file, size }), signal),
+        forget: () => undefined,
+      });
+      return indexer.ensure({ digest, size, diffId: '', open });
+    });
+    progress.close();
+    const { tarindex } = indexer.files(record.digest);
+    await print(
+      options.json === true
+        ? `${JSON.stringify({ directory, layers: [record] })}\n`
+        : `${file}: indexed, ${tarindex.replace(/\.erofs$/, '.*')}\n`,
+    );
+  } finally {
+    progress.close();
+  }
 }
 
 async function indexImage(image: string, options: IndexCommandLine): Promise<void> {
@@ -60,23 +110,14 @@ async function indexImage(image: string, options: IndexCommandLine): Promise<voi
   const log = createLogger('erofs-nbd index', 'warn', 'text');
   const registry = openRegistryClient(configuration, log);
   const directory = path.resolve(options.out ?? defaultDirectory());
-  const indexer = new LayerIndexer({
-    directory,
-    workers: configuration.index.workers,
-    spanSize: configuration.index.span_size,
-    maxUncompressedBytes: configuration.index.max_uncompressed,
-    maxEntries: configuration.index.max_entries,
-    log,
-  });
+  const indexer = openIndexer(directory, configuration);
   const lookup = new LayerLookup(registry);
-  const index = (layer: Source): Promise<LayerIndexRecord> => ensure(indexer, registry, configuration, layer);
-  const onLayer = (digest: string, done: number, of: number): void => {
-    if (options.quiet !== true && options.json !== true) {
-      process.stderr.write(`layer ${done}/${of} ${digest.slice(0, 19)}: indexed\n`);
-    }
-  };
+  const progress = openIndexProgress(process.stderr, options.quiet === true || options.json === true);
+  const onLayer = (digest: string, done: number, of: number): void => progress.done(digest, done, of);
   try {
-    await interruptible(async () => {
+    await interruptible(async (signal) => {
+      const index = (layer: Source): Promise<LayerIndexRecord> =>
+        ensure(indexer, registry, configuration, layer, progress, signal);
       if (options.push === true) {
         const files = (digest: string) => indexer.files(digest);
         const made = await publishIndex(reference, options.platform, {
@@ -86,6 +127,7 @@ async function indexImage(image: string, options: IndexCommandLine): Promise<voi
           files,
           onLayer,
         });
+        progress.close();
         await print(
           options.json === true ? `${JSON.stringify(made)}\n` : sentence(formatReference(reference), made),
         );
@@ -96,9 +138,11 @@ async function indexImage(image: string, options: IndexCommandLine): Promise<voi
       );
       const records: LayerIndexRecord[] = [];
       for (const layer of layers) {
+        signal.throwIfAborted();
         records.push(await index(layer));
         onLayer(layer.layerDigest ?? '', records.length, layers.length);
       }
+      progress.close();
       await print(
         options.json === true
           ? `${JSON.stringify({ directory, layers: records })}\n`
@@ -106,6 +150,7 @@ async function indexImage(image: string, options: IndexCommandLine): Promise<voi
       );
     });
   } finally {
+    progress.close();
     await registry.close();
   }
 }
@@ -121,6 +166,8 @@ function ensure(
   client: RegistryClient,
   { fetch }: Configuration,
   layer: Source,
+  progress: IndexProgress,
+  signal: AbortSignal,
 ): Promise<LayerIndexRecord> {
   const digest = layer.layerDigest ?? '';
   const size = layer.size ?? 0;
@@ -132,7 +179,7 @@ function ensure(
     open: () => {
       const range = new RegistryRangeReader({ client, reference, digest, size });
       const reader = new RetryReader(range, { readDeadlineMs: fetch.read_deadline });
-      return Promise.resolve({ reader, forget: () => undefined });
+      return Promise.resolve({ reader: progress.metered(reader, signal), forget: () => undefined });
     },
   });
 }
