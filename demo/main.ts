@@ -17,6 +17,7 @@ const USAGE = `usage: npm run demo [-- OPTIONS]
   (none)         tar.gz layers, as registries have them, unchanged: a first pull that indexes them, a second from the
                  cache, and a lazy start with the index alone
   --tar          the same with tar layers
+  --fresh-node   tar.gz layers on a node that has never seen them, with an index that another machine has published
   --native       native EROFS layers, compressed with lz4hc: one cold start
   --uncompressed with --native: not compressed
   --overlayfs    containerd's own snapshotter and tar.gz layers, to compare with
@@ -25,16 +26,20 @@ const USAGE = `usage: npm run demo [-- OPTIONS]
 function choose(): DemoChoices | undefined {
   const flag = { type: 'boolean', default: false } as const;
   const { values } = parseArgs({
-    options: { native: flag, uncompressed: flag, tar: flag, overlayfs: flag, help: flag },
+    options: { native: flag, uncompressed: flag, tar: flag, overlayfs: flag, 'fresh-node': flag, help: flag },
   });
   if (values.help) return undefined;
   if (values.native && (values.tar || values.overlayfs))
     throw new Error('--native goes with neither --tar nor --overlayfs');
+  const freshNode = values['fresh-node'];
+  if (freshNode && (values.native || values.tar || values.overlayfs))
+    throw new Error('--fresh-node goes with tar.gz layers alone');
   if (values.uncompressed && !values.native) throw new Error('--uncompressed goes with --native');
   const native = values.uncompressed ? 'erofs' : 'erofs-lz4hc';
   return {
     format: values.native ? native : values.tar ? 'tar' : 'tar+gzip',
     snapshotter: values.overlayfs ? 'overlayfs' : 'erofs-nbd',
+    freshNode,
   };
 }
 

@@ -4,9 +4,10 @@
 import { rm } from 'node:fs/promises';
 import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
+import { execa } from 'execa';
 import { layout } from '../daemon/layout.js';
 import { control } from '../proto/messages.js';
-import { containerdFrom, program } from '../test/debian/packages.js';
+import { checkout, containerdFrom, program } from '../test/debian/packages.js';
 import { buildDebianImage, GREETING } from '../test/image/debian-image.js';
 import type { LayerFormat } from '../test/image/layer-blob.js';
 import { layerBytes, type Image } from '../test/image/oci-layout.js';
@@ -24,6 +25,8 @@ export const PREFIX = 'erofs-nbd-demo';
 export interface DemoChoices {
   readonly format: LayerFormat;
   readonly snapshotter: 'erofs-nbd' | 'overlayfs';
+  /** The image's index was published from another machine; this one has never seen the image. */
+  readonly freshNode: boolean;
 }
 
 /** How a pull and a run of the image went. */
@@ -32,6 +35,8 @@ interface Start {
   readonly pullBytes: number;
   /** The same until the first output. */
   readonly bytes: number;
+  /** Body bytes of all other blobs until then: the image's configuration, a published index. */
+  readonly otherBytes: number;
   readonly pullSeconds: number;
   /** From the start of the pull to the first byte the container printed. */
   readonly outputSeconds: number;
@@ -51,6 +56,8 @@ export interface DemoResult {
   /** From the start of the pull to the first byte the container printed. */
   readonly first_output_seconds: number;
   readonly output: string;
+  /** A fresh node: body bytes of the published index, with the image's configuration. */
+  readonly index_bytes?: number;
   /** tar and tar.gz: the first pull on this node, which indexes the layers while they come in … */
   readonly first_pull_fetched_bytes?: number;
   readonly first_pull_seconds?: number;
@@ -111,7 +118,10 @@ export async function runDemo(
   });
   signal.throwIfAborted();
   const node = new Node(choices, image, { ...services, registry, reference });
-  const classic = choices.snapshotter === 'erofs-nbd' && !choices.format.startsWith('erofs');
+  if (choices.freshNode) await publish(stack, reference);
+  signal.throwIfAborted();
+  const classic =
+    choices.snapshotter === 'erofs-nbd' && !choices.format.startsWith('erofs') && !choices.freshNode;
   const starts = classic ? await threeStarts(node, signal) : [await node.start('')];
   const result = await summary(node, starts);
   tell(result, choices);
@@ -135,6 +145,18 @@ async function threeStarts(node: Node, signal: AbortSignal): Promise<Start[]> {
   await node.removeImage();
   await node.dropCache();
   return [first, second, await node.start('-3')];
+}
+
+/** What whoever builds the image does once, anywhere. */
+async function publish(stack: Stack, reference: string): Promise<void> {
+  await step('erofs-nbd index --push', async () => {
+    const command = path.join(checkout, 'dist', 'cli', 'main.js');
+    const out = path.join(stack.directory, 'publisher');
+    const choice = ['index', '--push', '--json', '--out', out, reference];
+    const { stdout } = await execa(process.execPath, [command, ...choice]);
+    const { layers, bytes } = JSON.parse(stdout) as { layers: number; bytes: number };
+    return [undefined, `${layers} layers, ${mebibytes(bytes)}, as if from another machine`];
+  });
 }
 
 interface Running {
@@ -165,13 +187,14 @@ class Node {
     const { containerd, reference } = this.running;
     const choice = ['--snapshotter', this.choices.snapshotter];
     const before = this.#fetched();
+    const othersBefore = this.#fetchedOthers();
     const begin = performance.now();
     const pulled = await step('ctr image pull', async () => {
       await containerd.ctr('image', 'pull', '--plain-http', ...choice, reference);
       return [performance.now(), `${mebibytes(this.#fetched() - before)} of its layers fetched`];
     });
     const pullBytes = this.#fetched() - before;
-    let bytes = 0;
+    let [bytes, otherBytes] = [0, 0];
     const { output, at } = await step('ctr run', async () => {
       const first = await runUntilOutput(
         path.join(containerd.programs, 'ctr'),
@@ -179,6 +202,7 @@ class Node {
         containerd.environment,
         () => {
           bytes = this.#fetched() - before;
+          otherBytes = this.#fetchedOthers() - othersBefore;
         },
       );
       const part = ((100 * bytes) / layerBytes(this.image)).toFixed(1);
@@ -190,6 +214,7 @@ class Node {
     return {
       pullBytes,
       bytes,
+      otherBytes,
       pullSeconds: seconds(begin, pulled),
       outputSeconds: seconds(begin, at),
       output,
@@ -213,7 +238,15 @@ class Node {
   }
 
   #fetched(): number {
-    const counts = [...this.running.registry.traffic()].filter(([digest]) => this.#layers.has(digest));
+    return this.#sum((digest) => this.#layers.has(digest));
+  }
+
+  #fetchedOthers(): number {
+    return this.#sum((digest) => !this.#layers.has(digest));
+  }
+
+  #sum(counted: (digest: string) => boolean): number {
+    const counts = [...this.running.registry.traffic()].filter(([digest]) => counted(digest));
     return counts.reduce((sum, [, { bytes }]) => sum + bytes, 0);
   }
 }
@@ -234,6 +267,7 @@ async function summary({ choices, image, running }: Node, starts: readonly Start
     reported_bytes: devices.reduce((sum, device) => sum + (device.statistics?.fetchedBytes ?? 0), 0),
     pull_seconds: last.pullSeconds,
     first_output_seconds: last.outputSeconds,
+    ...(choices.freshNode && { index_bytes: last.otherBytes }),
     ...(first && { first_pull_fetched_bytes: first.pullBytes, first_pull_seconds: first.pullSeconds }),
     ...(second && { second_pull_fetched_bytes: second.pullBytes, second_pull_seconds: second.pullSeconds }),
     output: last.output,
@@ -249,6 +283,9 @@ function tell(result: DemoResult, choices: DemoChoices): void {
   table([
     ['image', `${mebibytes(result.image_bytes)}, ${FORMATS[choices.format]}`],
     ['fetched before the output', `${mebibytes(result.fetched_bytes)} (${part} %), counted at the registry`],
+    ...(result.index_bytes === undefined
+      ? []
+      : ([['its index, from the registry', mebibytes(result.index_bytes)]] as const)),
     ...(choices.snapshotter === 'overlayfs'
       ? []
       : ([
@@ -265,6 +302,7 @@ function tell(result: DemoResult, choices: DemoChoices): void {
   say(`  ${dim('What to try next')}`);
   table([
     ['npm run demo -- --overlayfs', 'the same with containerd’s own snapshotter, to compare'],
+    ['npm run demo -- --fresh-node', 'a node that has never seen the image, whose index was published'],
     ['npm run demo -- --native', 'native EROFS layers, which need no index'],
     ['README.md', 'erofs-nbd beside your own containerd'],
   ]);
