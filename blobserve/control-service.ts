@@ -105,7 +105,11 @@ export function controlImplementation(options: ControlOptions): grpc.UntypedServ
     detach: unary('Detach', async (request: control.DetachRequest) => ({
       detached: await server.detach(request.layerId),
     })),
-    list: unary('List', () => ({ devices: server.list(), hosts: options.hosts() })),
+    list: unary('List', () => ({
+      devices: server.list(),
+      hosts: options.hosts(),
+      awaited: server.awaited(),
+    })),
     metrics: unary('Metrics', () => ({
       families: dataPlaneFamilies({ devices: server.list(), hosts: options.hosts() }).map(
         ({ samples, ...family }) => ({ ...family, samples: [...samples] }),

@@ -20,6 +20,7 @@ class Node {
         this.attached.push(layerId);
         return Promise.resolve(this.#device(layerId));
       },
+      awaited: () => [],
       close: () => Promise.resolve(),
     } satisfies AttachBackend,
     openLayer: (_source, _checked, signal) =>

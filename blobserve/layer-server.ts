@@ -113,6 +113,11 @@ export class LayerServer {
     return [...this.#served].map(([layerId, served]) => describe(layerId, served, this.#options.backend));
   }
 
+  /** Layers that are not attached and have readers waiting. */
+  awaited(): number[] {
+    return this.#options.backend.awaited();
+  }
+
   /** Detaches everything. */
   async detachAll(): Promise<void> {
     for (const layerId of new Set([...this.#attaching.keys(), ...this.#served.keys()]))

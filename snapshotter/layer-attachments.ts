@@ -7,6 +7,7 @@
 import { randomUUID } from 'node:crypto';
 import { mkdir, readdir, readFile, rmdir } from 'node:fs/promises';
 import path from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
 import pLimit from 'p-limit';
 import { faultPoint } from '../daemon/fault-point.js';
 import type { Logger } from '../daemon/log.js';
@@ -40,6 +41,10 @@ export interface DataPlane {
 
 /** Layers settled at the same time after a start; each may wait for the registry. */
 const RECOVERY_CONCURRENCY = 8;
+/** Layers a new data plane is told of at the same time: the first should be served before the last is looked at. */
+const SERVE_AGAIN_CONCURRENCY = 4;
+/** Milliseconds after which the next one has its turn all the same. */
+const SERVE_AGAIN_PATIENCE = 500;
 
 export interface LayerAttachmentsOptions {
   /** `<root>/layers` */
@@ -55,6 +60,18 @@ export interface LayerAttachmentsOptions {
 interface ServingAgain {
   done: Promise<void>;
   settled: boolean;
+}
+
+/** Layers whose readers are known to wait: of fuse the data plane has been asked for them, of nbd the kernel knows. */
+async function waitingLayers(client: BlobServeClient, devices: readonly DeviceRow[]): Promise<Set<number>> {
+  const waiting = new Set((await client.list()).awaited);
+  for (const { layerId, nbdIndex } of devices) {
+    if (nbdIndex === null) continue;
+    // Reads and writes that have not been answered; Linux, Documentation/block/stat.rst.
+    const text = await readFile(`/sys/block/nbd${nbdIndex}/inflight`, 'utf8').catch(() => '');
+    if (/[1-9]/.test(text)) waiting.add(layerId);
+  }
+  return waiting;
 }
 
 export class LayerAttachments {
@@ -204,15 +221,27 @@ export class LayerAttachments {
    */
   async serveAgain(client: BlobServeClient): Promise<void> {
     const bootId = await this.#currentBoot();
+    const waiting = await waitingLayers(client, this.#layers.devices());
+    // From here to the end of the list without waiting: see #detach.
     const known = this.#layers
       .devices()
       .filter(
         ({ state, path: made, mountPoint, ...device }) =>
           device.bootId === bootId && ((state !== 'attaching' && made !== null) || mountPoint !== null),
       );
+    known.sort((one, other) => Number(waiting.has(other.layerId)) - Number(waiting.has(one.layerId)));
+    const limit = pLimit(SERVE_AGAIN_CONCURRENCY);
     await Promise.all(
       known.map((device) => {
-        const again: ServingAgain = { settled: false, done: this.#serveAgain(client, device) };
+        const done = new Promise<void>((resolve) => {
+          void limit(() => {
+            const serving = this.#serveAgain(client, device);
+            resolve(serving);
+            // One that waits for something does not hold up those behind it.
+            return Promise.race([serving, sleep(SERVE_AGAIN_PATIENCE, undefined, { ref: false })]);
+          });
+        });
+        const again: ServingAgain = { settled: false, done };
         const before = this.#again.get(device.layerId);
         if (before !== undefined) again.done = Promise.all([before.done, again.done]).then(() => undefined);
         again.done = again.done.finally(() => (again.settled = true));
@@ -225,6 +254,8 @@ export class LayerAttachments {
 
   async #serveAgain(client: BlobServeClient, device: DeviceRow): Promise<void> {
     const { layerId } = device;
+    // Its turn came late.
+    if (this.#layers.device(layerId) === undefined) return;
     try {
       await this.#attach(client, this.#layers.get(layerId), { ...device, checked: true });
       counted.recoveries.add('layer served again');

@@ -58,6 +58,8 @@ export interface AttachBackend {
    * @throws {AttachError} when it cannot be done; nothing is left attached by this call then
    */
   attach(request: AttachRequest): Promise<AttachedDevice>;
+  /** Layers that are not attached and have readers waiting, as far as this process knows. */
+  awaited(): number[];
   /**
    * Ends serving without taking anything away from the kernel: the devices stay, and their readers wait for the next
    * process that attaches under the same identifiers. Idempotent.

@@ -111,6 +111,10 @@ export class FuseBackend implements AttachBackend {
     return new FuseDevice(path, this.#server.adopted, this.#server, file);
   }
 
+  awaited(): number[] {
+    return this.#server.awaited;
+  }
+
   async close(): Promise<void> {
     await this.#server.close();
   }

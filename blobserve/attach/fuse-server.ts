@@ -132,6 +132,11 @@ export class FuseServer {
     return this.#adopted;
   }
 
+  /** Layers with requests that wait for them to be attached. */
+  get awaited(): number[] {
+    return [...this.#awaited.keys()];
+  }
+
   /** True when the file system is unmounted or the connection lost; a new one is needed then. */
   get hasEnded(): boolean {
     return this.#channel.ended;

@@ -122,6 +122,11 @@ export class NbdBackend implements AttachBackend {
     );
   }
 
+  awaited(): number[] {
+    // The kernel knows: /sys/block/nbdN/inflight.
+    return [];
+  }
+
   async close(): Promise<void> {
     this.#closed = true;
     for (const device of this.#devices.values()) {
