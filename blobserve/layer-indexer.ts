@@ -19,6 +19,7 @@ import {
 import type { ResumeDistance } from './layer/gzip/indexer.js';
 import { type LayerScanOptions, scanThreadLimits } from './layer/index/layer-scan.js';
 import type { ScanReply, ScanRequest } from './layer/index/scan-thread.js';
+import { counted } from './metrics.js';
 import { type BlobReader, ReadError } from './readers/blob-reader.js';
 
 /** Bytes handed to the scanning thread in one piece. */
@@ -180,7 +181,10 @@ export class LayerIndexer {
       } catch (error) {
         // Not what was asked for, or nobody can say: it is not kept to be met again.
         const wrong = isWrong(error);
-        if (wrong) blob.forget();
+        if (wrong) {
+          counted.verificationFailures.add('layer');
+          blob.forget();
+        }
         if (wrong || scan.kept === 0) await clearIndex(files);
         throw error;
       }
