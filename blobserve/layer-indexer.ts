@@ -182,7 +182,7 @@ export class LayerIndexer {
         // Not what was asked for, or nobody can say: it is not kept to be met again.
         const wrong = isWrong(error);
         if (wrong) {
-          counted.verificationFailures.add('layer');
+          if (error instanceof ReadError) counted.verificationFailures.add('layer');
           blob.forget();
         }
         if (wrong || scan.kept === 0) await clearIndex(files);
