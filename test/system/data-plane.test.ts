@@ -287,6 +287,22 @@ describe('the data plane', () => {
     }
   });
 
+  test('leaves alone what somebody else has mounted in the place of a layer, and names it', async () => {
+    const directory = await attach(newLayer());
+    const [info] = await client.list();
+    await snapshotter.stop();
+    await execa('umount', [directory]);
+    await execa('mount', ['-t', 'tmpfs', 'none', directory]);
+    await start();
+    const wanted = client.prepare('test/user', info?.name ?? '');
+    await expect(wanted).rejects.toMatchObject({ code: status.FAILED_PRECONDITION });
+    await expect(wanted).rejects.toThrow(`tmpfs from none is mounted on ${directory} and is not ours`);
+    expect((await execa('findmnt', ['-n', '-o', 'FSTYPE', directory])).stdout).toBe('tmpfs');
+    await execa('umount', [directory]);
+    await client.prepare('test/user', info?.name ?? '');
+    expect(await dataOf(directory)).toBe(true);
+  });
+
   test('has what no row speaks of unmounted and removed at the next start', async () => {
     await snapshotter.kill();
     const stray = path.join(places.layers, '4711', 'fs');
