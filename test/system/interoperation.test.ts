@@ -2,7 +2,7 @@
  * Indexes made by erofs-utils are served by our daemons, and ours are served by mount.erofs and read by fsck.erofs and
  * dump.erofs: the tree is the same every time.
  */
-import { closeSync, createWriteStream, openSync } from 'node:fs';
+import { createWriteStream } from 'node:fs';
 import { copyFile, mkdir, readdir, readFile, rm } from 'node:fs/promises';
 import path from 'node:path';
 import { pipeline } from 'node:stream/promises';
@@ -153,14 +153,9 @@ describe('an index', () => {
           'oci.insecure',
         ];
         const mount = [...parameters, '-t', 'erofs.nbd', '-o', source.join(','), image.reference, target];
-        // A file, for its server keeps the streams open, and a pipe would be waited for.
-        const log = openSync(at('mount-erofs.log'), 'a');
-        await execa(program, mount, {
-          stdio: ['ignore', log, log],
-          timeout: patience(60_000),
-          killSignal: 'SIGKILL',
-        });
-        closeSync(log);
+        // Into a file, for its server keeps the streams open, and a pipe would be waited for.
+        const quietly = ['-c', 'exec "$@" >"$0" 2>&1', at('mount-erofs.log'), program, ...mount];
+        await execa('sh', quietly, { timeout: patience(60_000), killSignal: 'SIGKILL' });
         try {
           const [mounted] = (await readFile('/proc/self/mounts', 'utf8'))
             .split('\n')
