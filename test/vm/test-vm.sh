@@ -14,7 +14,7 @@
 set -uo pipefail
 HERE=$(dirname -- "$(realpath -- "$0")")
 cd "$HERE/../.."
-TESTS='containers recovery classic trees interoperation'
+TESTS='containers recovery'
 # Of every kind the smallest, where every instruction is emulated.
 export TREES=small EROFS_NBD_FORMATS=tar+gzip
 memory=3 timeout=1080
