@@ -2,6 +2,7 @@
  * Brings the data plane up: backend chosen, FUSE connection found or made, blobserve adopted or started.
  */
 import { mkdir } from 'node:fs/promises';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { mountFuse, openFuse, unmountFuse } from '../blobserve/attach/fuse-mount.js';
 import { takeDescriptor } from '../blobserve/linux/pidfd.js';
 import type { Configuration } from '../daemon/configuration.js';
@@ -26,6 +27,8 @@ export interface DataPlaneOptions {
   readonly log: Logger;
 }
 
+/** Milliseconds that a mount may be busy after its last user was unmounted. */
+const FREE_TIMEOUT = 3_000;
 /** Milliseconds between two looks at whether the keeper still runs. */
 const KEEPER_INTERVAL = 10_000;
 
@@ -155,6 +158,19 @@ async function unmountDeadFuse({ layout, mounter, log }: DataPlaneOptions): Prom
   }
 }
 
+/** The kernel lets go of the files of layers that were just unmounted a moment later. */
+async function unmountWhenFree(directory: string): Promise<void> {
+  const deadline = Date.now() + FREE_TIMEOUT;
+  for (;;) {
+    try {
+      return await unmountFuse(directory);
+    } catch (error) {
+      if (Date.now() > deadline) throw error;
+      await sleep(100);
+    }
+  }
+}
+
 /** Ends the data plane for good: nothing may be attached any more. */
 export async function closeDataPlane(
   dataPlane: BlobServeProcess,
@@ -162,7 +178,7 @@ export async function closeDataPlane(
   log: Logger,
 ): Promise<void> {
   // Unmounted while it is still answered: the kernel says goodbye to the server.
-  if ((await mountAt(layout.fuse)) !== undefined) await unmountFuse(layout.fuse);
+  if ((await mountAt(layout.fuse)) !== undefined) await unmountWhenFree(layout.fuse);
   const attached = await dataPlane.shutdown(false);
   if (attached > 0) log.warn({ attached }, 'the data plane still serves devices and goes on');
   else {

@@ -22,7 +22,9 @@ function carryOut(request: MountRequest): MountReply {
 }
 
 process.on('message', (request: MountRequest) => {
-  process.send?.(carryOut(request));
+  process.send?.(carryOut(request), undefined, {}, () => {
+    // Nobody is left to tell: the parent has ended meanwhile, and its successor looks for itself.
+  });
 });
 process.on('disconnect', () => process.exit(0));
 // Signals of the terminal go to the whole group; this child belongs to its parent alone.
