@@ -24,10 +24,6 @@ export async function addAttributes(root: string): Promise<Marks> {
   for (const file of programs) {
     const name = path.basename(file);
     if (['ping', 'fping', 'mtr-packet'].includes(name)) await set(file, 'security.capability', CAP_NET_RAW);
-    if (['chage', 'expiry'].includes(name)) {
-      await lchown(file, 0, 42);
-      await chmod(file, 0o2755);
-    }
     // The same everywhere, as security modules label files: kept once in an image.
     await set(file, 'security.evm', '0sAgR0aGUgc2FtZSBmb3IgYWxsIG9mIHRoZW0=');
     await set(file, 'user.checksum', name.repeat(3));
@@ -50,6 +46,9 @@ export async function addAttributes(root: string): Promise<Marks> {
   await link(many, at('srv/attributes/many-again'));
   await lchown(await file('high-owner'), 4_000_000_000, 3_000_000_000);
   await lchown(at('srv/attributes/link'), 1000, 1001);
+  const setgid = await file('setgid');
+  await lchown(setgid, 0, 42);
+  await chmod(setgid, 0o2755);
   const sparse = await file('sparse');
   await truncate(sparse, 300_000);
   await execa('mknod', ['-m', '666', at('srv/attributes/null'), 'c', '1', '3']);

@@ -52,7 +52,7 @@ const BASE = ['base-files', 'dash', 'tzdata', 'perl-base', 'grep', 'sed', 'diffu
 const RECIPES = {
   /** Set-user-ID programs, capabilities, attributes of every namespace, owners, devices, odd times. */
   attributes: {
-    packages: ['iputils-ping', 'fping', 'mtr-tiny', 'libcap2-bin', 'passwd', 'login', 'util-linux'],
+    packages: ['iputils-ping', 'fping', 'mtr-tiny', 'libcap2-bin', 'mount', 'busybox-static'],
     change: addAttributes,
     gzipLevel: 9,
   },
