@@ -20,11 +20,9 @@ import { buildRealLayer, LAYERS_OF, type RealLayer } from '../trees/real-layers.
 import { readTreeFile } from '../trees/tree-file.js';
 import { LayerNode, type PushedImage } from './layer-node.js';
 import { logged } from './node-state.js';
-import { missingForSystemTests } from './requirements.js';
+import { brief, missingForSystemTests } from './requirements.js';
 
 const missing = await missingForSystemTests();
-/** One layer, and what needs a device, where every instruction is emulated. */
-const brief = process.env['TREES'] === 'small';
 const NAMES = brief ? (['attributes'] as const) : LAYERS_OF.small;
 
 describe('an index', () => {

@@ -9,6 +9,12 @@ import { control } from '../../proto/messages.js';
 import { checkout } from '../debian/packages.js';
 import type { Snapshotter } from '../stack/snapshotter.js';
 
+/**
+ * `EROFS_NBD_BRIEF=1` is for machines that emulate every instruction: what has to do with devices and the kernel is tested
+ * on the smallest of each kind, and what has not is left to other machines.
+ */
+export const brief = process.env['EROFS_NBD_BRIEF'] === '1';
+
 /** `nbd` or `fuse` where that one and no other has to be had and used; a machine without it fails its tests. */
 const demanded = process.env['EROFS_NBD_EXPECT_ATTACH'];
 

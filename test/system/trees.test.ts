@@ -2,7 +2,8 @@
  * Layers of real Debian packages as tar.gz, through the registry, our daemons, the device and the kernel: every byte is
  * where the tar has it, and the mounted tree is the one that GNU tar extracts and that mkfs.erofs makes.
  *
- * `TREES=all` takes all layers, which is the default outside the test machine; `TREES=small` only those of a few megabytes.
+ * `TREES=all` takes all layers, which is the default unless EROFS_NBD_BRIEF is set; `TREES=small` only those of a few
+ * megabytes.
  */
 import { mkdir } from 'node:fs/promises';
 import path from 'node:path';
@@ -13,10 +14,10 @@ import { compareDevice, compareMountedTree } from '../trees/compare.js';
 import { buildRealLayer, LAYERS_OF, type RealLayer, type RealLayerName } from '../trees/real-layers.js';
 import { LayerNode, type ServedLayer } from './layer-node.js';
 import { withMounts } from './mounts.js';
-import { backendOf, expectedBackend, missingForSystemTests } from './requirements.js';
+import { backendOf, brief, expectedBackend, missingForSystemTests } from './requirements.js';
 
 const missing = await missingForSystemTests();
-const chosen = process.env['TREES'] ?? 'all';
+const chosen = process.env['TREES'] ?? (brief ? 'small' : 'all');
 if (chosen !== 'all' && chosen !== 'small') throw new Error(`TREES=${chosen}: wanted all or small`);
 const NAMES: readonly RealLayerName[] = LAYERS_OF[chosen];
 

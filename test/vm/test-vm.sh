@@ -15,12 +15,11 @@ set -uo pipefail
 HERE=$(dirname -- "$(realpath -- "$0")")
 cd "$HERE/../.."
 TESTS='containers recovery'
-# Of every kind the smallest, where every instruction is emulated.
-export TREES=small EROFS_NBD_FORMATS=tar+gzip
+export EROFS_NBD_BRIEF=1
 memory=3 timeout=1080
 if [ "${1:-}" = --trees ]; then
-  TREES=all memory=8 timeout=5400
-  export DEVICES=no WORK_SIZE=3800M EROFS_NBD_SLOW=${EROFS_NBD_SLOW:-30} SYSTEM_TIMEOUT=${SYSTEM_TIMEOUT:-5200}
+  memory=8 timeout=5400
+  export TREES=all DEVICES=no WORK_SIZE=3800M EROFS_NBD_SLOW=${EROFS_NBD_SLOW:-30} SYSTEM_TIMEOUT=${SYSTEM_TIMEOUT:-5200}
   set -- test/system/trees.test.ts
 fi
 [ $# -gt 0 ] || set -- $(printf 'test/system/%s.test.ts ' $TESTS)
