@@ -125,7 +125,14 @@ export class Daemon {
     }
     const { dataPlane } = settled;
     if (dataPlane !== undefined) {
-      if (this.#layers?.devices().length === 0) await closeDataPlane(dataPlane, this.#layout, this.#log);
+      if (this.#layers?.devices().length === 0) {
+        await closeDataPlane(dataPlane, this.#layout, this.#log).catch((error: unknown) =>
+          this.#log.warn(
+            { err: error },
+            'the data plane cannot be ended now: it goes on, and the next start finds it',
+          ),
+        );
+      }
       dataPlane.release();
     }
     this.#close();

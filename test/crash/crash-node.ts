@@ -4,9 +4,11 @@
 import { mkdir, readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
+import { execa } from 'execa';
 import { type FaultPoint, FAULT_POINTS_VARIABLE } from '../../daemon/fault-point.js';
 import { layout, type Layout } from '../../daemon/layout.js';
 import { processIdentity, readIdentity, waitForEnd } from '../../snapshotter/process-identity.js';
+import { checkout } from '../debian/packages.js';
 import { patience } from '../patience.js';
 import { startContainerd, type Containerd } from '../stack/containerd.js';
 import { startSnapshotter, type Snapshotter } from '../stack/snapshotter.js';
@@ -152,6 +154,33 @@ export class CrashNode {
     const snapshotter = await this.#snapshotter;
     await snapshotter?.stop();
     await snapshotter?.stopServing();
+  }
+
+  /**
+   * Ends everything as the manual says for an uninstall, and again while other mount namespaces of this machine, of
+   * containers that just begin, hold copies of our mounts.
+   *
+   * @throws what the last attempt said
+   */
+  async uninstall(limit = patience(60_000)): Promise<void> {
+    this.#stopping = true;
+    await (await this.#containerd)?.stop();
+    await this.#firstContainerd?.stop();
+    const { name, root, address } = pluginOf(this.directory);
+    await (await this.snapshotter).stop();
+    const main = path.join(checkout, 'dist', 'snapshotter', 'main.js');
+    const configuration = path.join(this.directory, `${name}.toml`);
+    const deadline = Date.now() + limit;
+    for (;;) {
+      const ended = await execa(
+        process.execPath,
+        [main, '--config', configuration, '--root', root, '--address', address, '--teardown'],
+        { reject: false, stdin: 'ignore' },
+      );
+      if (ended.exitCode === 0) return;
+      if (Date.now() > deadline) throw new Error(`--teardown: ${ended.stderr.slice(-500)}`);
+      await delay(1000);
+    }
   }
 
   /** After `stop`: it may be started again. */

@@ -157,7 +157,7 @@ async function main(): Promise<boolean> {
     for (const complaint of witness.complaints.slice(0, 20)) failures.push(`in the container: ${complaint}`);
     await removeAll(await node.containerd);
     const leaks = await remainingState(node);
-    await node.stop();
+    await node.uninstall().catch((error: unknown) => failures.push(String(error)));
     failures.push(...(await stack.stop()));
     leaks.push(...(await remainingProcesses(stack.directory)));
     return report({
