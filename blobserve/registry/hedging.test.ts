@@ -95,11 +95,12 @@ describe('a client', () => {
       expect(target[0]).toBe(BLOB[i]);
     });
     await new Promise((resolve) => setTimeout(resolve, 1500));
-    // Eight at once until five have failed, and one at the end of each rest: of 250 ms, 500 ms, 1 s, …
-    expect(server.requests.length - before).toBeLessThan(40);
+    // Eight at once until five have failed, and one at the end of each rest: of 250 ms, 500 ms, 1 s, … That is 9 to 14; on a busy
+    // machine 60 were seen once. Without the budget it is thousands.
+    expect(server.requests.length - before).toBeLessThan(200);
     server.behaveAgain();
     await Promise.all(reads);
-    expect(server.requests.length - before).toBeLessThan(1000 + 60);
+    expect(server.requests.length - before).toBeLessThan(1000 + 300);
     await reader.close();
   });
 });

@@ -6,7 +6,7 @@ import { LRUCache } from 'lru-cache';
 import { Attempt, type Authenticator, type Party } from './authenticator.js';
 import { Authorization } from './authorization.js';
 import { withoutClient } from './dispatchers.js';
-import { ONE_OF_SEVERAL, ONLY_PLACE } from './host-health.js';
+import { ONE_OF_SEVERAL, ONLY_PLACE, RestingError } from './host-health.js';
 import type { Capability } from './hosts-file.js';
 import type { Endpoint, HostsDirectory } from './hosts-directory.js';
 import { registryHost, type Reference } from './reference.js';
@@ -239,9 +239,9 @@ export class RepositoryRequests {
         throw this.#statusError(response, body, reference, object, secrets, authorization !== undefined);
       }
     } catch (error) {
-      if (error instanceof RegistryError && error.status === undefined && error.kind === 'transient') {
-        this.#transport.forgetOrigin(host);
-      }
+      const lost = error instanceof RegistryError && error.status === undefined && error.kind === 'transient';
+      // A host that nothing was sent to is not asked again whether it speaks TLS: that would be the storm that resting is for.
+      if (lost && !(error.cause instanceof RestingError)) this.#transport.forgetOrigin(host);
       throw about(error, reference, object);
     }
   }

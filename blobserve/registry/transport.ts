@@ -276,7 +276,7 @@ export class Transport {
         (error) => this.#toError(error, from, signal),
         (broken) => {
           if (broken !== undefined && !signal.aborted)
-            pass.leave(broken.atOnce ? 'failed' : 'broken', reasonOf(broken.error));
+            pass.leave(broken.atOnce || outcome === 'failed' ? 'failed' : 'broken', reasonOf(broken.error));
           else pass.leave(outcome, outcome === 'failed' ? `answered ${data.statusCode}` : undefined);
           if (!follow) release();
         },
