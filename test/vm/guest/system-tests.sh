@@ -26,7 +26,7 @@ fi
 
 echo "== system, $((SECONDS)) s"
 # Tests that hang do not keep the logs from being shown.
-timeout -k 10 "${SYSTEM_TIMEOUT:-1200}" node_modules/.bin/vitest run --project integration --no-color \
+timeout -k 10 "${SYSTEM_TIMEOUT:-900}" node_modules/.bin/vitest run --project integration --no-color \
   --reporter=verbose --reporter=./test/reporter.ts "$@" || {
   status=1
   for log in "$ROOT"/logs/*.log "$ROOT"/t/*/*.log; do
