@@ -111,13 +111,14 @@ export class LayerPaths {
   async #confirmWhenComplete(
     source: Source,
     record: LayerIndexRecord,
+    tar: BlobReader,
     { cache, log }: LayerBlob,
     guard: GuardReader,
     signal: AbortSignal,
   ): Promise<void> {
     try {
       await abortable(cache.whenComplete(), signal);
-      await this.#options.indexer.confirm(this.#indexRequest(source), record);
+      await this.#options.indexer.confirm(this.#indexRequest(source), record, tar);
     } catch (error) {
       if (signal.aborted) return;
       if (error instanceof ReadError && error.kind === 'corrupt') {
@@ -227,10 +228,10 @@ export class LayerPaths {
       const padding = record.deviceSize - record.tarindexSize - record.tarSize;
       const parts = [tarindex, tar, ...(padding > 0 ? [new ZerosReader(padding)] : [])];
       const before = indexing ?? { requests: 0, bytes: 0 };
-      if (record.origin === undefined) return this.#path(blob, new ConcatReader(name, parts), before);
       const path = this.#path(blob, new ConcatReader(name, parts), before);
+      if (record.origin === undefined) return path;
       const ended = new AbortController();
-      void this.#confirmWhenComplete(source, record, blob, path.guard, ended.signal);
+      void this.#confirmWhenComplete(source, record, tar, blob, path.guard, ended.signal);
       return {
         ...path,
         close: () => {

@@ -1,6 +1,7 @@
 /**
- * An index that somebody has published to lead containers astray: whole and well-formed, with every byte the layer's own,
- * but two names swapped. It is found out when the layer is complete, and the next pull makes its own.
+ * An index that somebody has published to lead containers astray, whole and well-formed: two names swapped, every byte the
+ * layer's own; or windows that the layer's bytes are not inflated from. It is found out when the layer is complete, and the
+ * next pull makes its own.
  */
 import { readFile } from 'node:fs/promises';
 import path from 'node:path';
@@ -8,7 +9,13 @@ import { gzipSync } from 'node:zlib';
 import { execa } from 'execa';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { LayerLookup } from '../../blobserve/layer-lookup.js';
-import { indexFiles, type LayerIndexRecord } from '../../blobserve/layer/index/layer-index.js';
+import { importIndex, ZwinIndex } from '../../blobserve/layer/gzip/zwin.js';
+import {
+  digestFile,
+  indexFiles,
+  type LayerIndexFiles,
+  type LayerIndexRecord,
+} from '../../blobserve/layer/index/layer-index.js';
 import { LayerScan } from '../../blobserve/layer/index/layer-scan.js';
 import { publishIndex } from '../../blobserve/published/publish.js';
 import { parseReference } from '../../blobserve/registry/reference.js';
@@ -27,22 +34,60 @@ const CONFIGURATION = `version = 1
 delay = "0s"
 `;
 const [SAFE, EVIL] = ['safe program  ', 'evil program  '];
+/** Each kilobyte twice: whatever place inflation starts at, what is there refers to what is before it. */
+const KILOBYTES = Array.from({ length: 1000 }, (_, i) => noise(1024, i + 1)).flatMap((kilobyte) => [
+  kilobyte,
+  kilobyte,
+]);
+const REST = entry({ name: 'rest' }, Buffer.concat(KILOBYTES));
 
-/** The index of a layer, with the tarindex of another tar of the same length. */
-async function lie(directory: string, blob: Buffer, shown: Buffer): Promise<LayerIndexRecord> {
-  const make = async (bytes: Buffer, name: string) => {
-    const files = indexFiles(path.join(directory, name), digestOf(blob));
-    const options = { files, compression: 'gzip', spanSize: 65_536, maxUncompressedBytes: 2 ** 30 } as const;
-    const scan = await LayerScan.start(options);
-    await scan.write(bytes);
-    return scan.finish();
-  };
-  const truth = await make(blob, 'truth');
-  const other = await make(gzipSync(shown), 'lie');
-  return { ...truth, tarindexDigest: other.tarindexDigest, tarindexSize: other.tarindexSize };
+/** What is published for a layer. */
+interface Lie {
+  readonly record: LayerIndexRecord;
+  readonly files: LayerIndexFiles;
 }
 
-describe('a published index that shows something else than the layer has', () => {
+async function truth(directory: string, name: string, digest: string, blob: Buffer): Promise<Lie> {
+  const files = indexFiles(path.join(directory, name), digest);
+  const options = { files, compression: 'gzip', spanSize: 65_536, maxUncompressedBytes: 2 ** 30 } as const;
+  const scan = await LayerScan.start(options);
+  await scan.write(blob);
+  return { record: await scan.finish(), files };
+}
+
+/** The tarindex of another tar of the same length. */
+async function swapNames(directory: string, blob: Buffer): Promise<Lie> {
+  const { record, files } = await truth(directory, 'truth', digestOf(blob), blob);
+  const swapped = tar(entry({ name: 'evil' }, SAFE), entry({ name: 'safe' }, EVIL), REST);
+  const other = await truth(directory, 'lie', digestOf(blob), gzipSync(swapped));
+  const { tarindexDigest, tarindexSize } = other.record;
+  return {
+    record: { ...record, tarindexDigest, tarindexSize },
+    files: { ...files, tarindex: other.files.tarindex },
+  };
+}
+
+/** Checkpoints in the right places, with the digests of the right spans. */
+async function changeWindows(directory: string, blob: Buffer): Promise<Lie> {
+  const { record, files } = await truth(directory, 'truth', digestOf(blob), blob);
+  const index = await ZwinIndex.open(files.checkpoints, {
+    compressed: record.blobSize,
+    uncompressed: record.tarSize,
+  });
+  const checkpoints = path.join(directory, 'lie.zwin');
+  const window = async (i: number): Promise<Buffer> =>
+    (await index.window(i)).map((byte) => byte ^ 1) as Buffer;
+  const { table, spanDigests } = index;
+  await importIndex({ table, spanDigests, window, close: () => index.close() }, checkpoints);
+  await index.close();
+  const checkpointsDigest = (await digestFile(checkpoints)).digest;
+  return { record: { ...record, checkpointsDigest }, files: { ...files, checkpoints } };
+}
+
+describe.each([
+  ['two names swapped', swapNames],
+  ['other windows', changeWindows],
+])('a published index with %s', (_name, lie) => {
   let stack: Stack;
   let snapshotter: Snapshotter;
   let containerd: Containerd;
@@ -51,9 +96,7 @@ describe('a published index that shows something else than the layer has', () =>
   beforeAll(async () => {
     if (missing !== undefined) return;
     stack = await Stack.create();
-    const rest = entry({ name: 'rest' }, noise(2_000_000, 7));
-    const layer = tar(entry({ name: 'safe' }, SAFE), entry({ name: 'evil' }, EVIL), rest);
-    const swapped = tar(entry({ name: 'evil' }, SAFE), entry({ name: 'safe' }, EVIL), rest);
+    const layer = tar(entry({ name: 'safe' }, SAFE), entry({ name: 'evil' }, EVIL), REST);
     const blob = gzipSync(layer);
     const registry = await stack.startRegistry();
     const image = await composeImage(stack.directory, [layerOfBytes(blob, digestOf(layer))], {
@@ -61,14 +104,12 @@ describe('a published index that shows something else than the layer has', () =>
     });
     reference = await registry.push(image, 'lied-about:latest');
     const client = new RegistryClient();
-    const record = await lie(stack.directory, blob, swapped);
-    const truth = indexFiles(path.join(stack.directory, 'truth'), digestOf(blob));
-    const { tarindex } = indexFiles(path.join(stack.directory, 'lie'), digestOf(blob));
+    const { record, files } = await lie(stack.directory, blob);
     await publishIndex(parseReference(reference), '', {
       registry: client,
       lookup: new LayerLookup(client),
       index: () => Promise.resolve(record),
-      files: () => ({ ...truth, tarindex }),
+      files: () => files,
     });
     await client.close();
     snapshotter = await stack.startSnapshotter({ configuration: CONFIGURATION });
@@ -111,5 +152,7 @@ describe('a published index that shows something else than the layer has', () =>
     await pull();
     expect(await read('safe')).toBe(SAFE);
     expect(await read('evil')).toBe(EVIL);
+    const { stdout } = await execa('sha256sum', [path.join(await layer(), 'rest')], { timeout: 60_000 });
+    expect(`sha256:${stdout.slice(0, 64)}`).toBe(digestOf(Buffer.concat(KILOBYTES)));
   });
 });
