@@ -153,17 +153,22 @@ export class PublishedIndexes {
     const manifest = await registry.fetchManifest(image, { signal });
     const annotations = (manifest.kind === 'manifest' && manifest.manifest.annotations) || {};
     const referrers = trust === 'referrers';
-    const artifact = await findArtifact(registry, image, annotations, referrers, signal).catch(
-      (error: unknown) => {
-        if (signal.aborted) throw error;
-        log.warn(
-          { image: formatReference(image), reason: String(error) },
-          'a published index cannot be used',
-        );
+    const failures: Error[] = [];
+    // One kind that cannot be had says nothing of the other.
+    const attempt = <T>(finding: Promise<T | undefined>): Promise<T | undefined> =>
+      finding.catch((error: unknown) => {
+        failures.push(error instanceof Error ? error : new Error(String(error)));
+        const about = { image: formatReference(image), reason: String(error) };
+        if (!signal.aborted) log.warn(about, 'a published index cannot be used');
         return undefined;
-      },
-    );
-    return { artifact, soci: await findSociIndex(registry, image, annotations, referrers, signal) };
+      });
+    const [artifact, soci] = await Promise.all([
+      attempt(findArtifact(registry, image, annotations, referrers, signal)),
+      attempt(findSociIndex(registry, image, annotations, referrers, signal)),
+    ]);
+    const [failure] = failures;
+    if (artifact === undefined && soci === undefined && failure !== undefined) throw failure;
+    return { artifact, soci };
   }
 
   async #importArtifact(
