@@ -2,8 +2,7 @@
 /**
  * Blobserve, the data plane: started and watched by the snapshotter, answering page faults and nothing else.
  */
-import { readSync } from 'node:fs';
-import { writeFileSync } from 'node:fs';
+import { readSync, writeFileSync } from 'node:fs';
 import { rm } from 'node:fs/promises';
 import process from 'node:process';
 import * as grpc from '@grpc/grpc-js';
@@ -127,13 +126,7 @@ async function main(): Promise<void> {
     client,
     log,
   });
-  const paths = new LayerPaths({
-    configuration,
-    blobs,
-    indexer,
-    published,
-    log,
-  });
+  const paths = new LayerPaths({ configuration, blobs, indexer, published, log });
   /** The layers of an image are indexed side by side: whoever wants one will want the others next. */
   const indexSiblings = async (source: control.LayerSource.$Properties): Promise<void> => {
     const layers = await lookup.layers(source, '');

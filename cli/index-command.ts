@@ -15,12 +15,13 @@ import { publishIndex, type PublishedArtifact } from '../blobserve/published/pub
 import { FileReader } from '../blobserve/readers/file.js';
 import { RegistryRangeReader } from '../blobserve/readers/registry-range.js';
 import { RetryReader } from '../blobserve/readers/retry.js';
-import { formatReference, ImageReferenceError, parseReference } from '../blobserve/registry/reference.js';
+import { formatReference, parseReference } from '../blobserve/registry/reference.js';
 import type { RegistryClient } from '../blobserve/registry/registry-client.js';
 import { type Configuration, loadConfiguration } from '../daemon/configuration.js';
 import { createLogger } from '../daemon/log.js';
 import { control } from '../proto/messages.js';
 import { Failure, UsageError } from './failure.js';
+import { imageArgument } from './image-argument.js';
 import { type IndexProgress, openIndexProgress } from './index-progress.js';
 import { interruptible, print } from './terminal.js';
 
@@ -105,7 +106,7 @@ async function indexFile(file: string, options: IndexCommandLine): Promise<void>
 }
 
 async function indexImage(image: string, options: IndexCommandLine): Promise<void> {
-  const reference = parsed(image);
+  const reference = imageArgument(image);
   const configuration = loadConfiguration(options.config);
   const log = createLogger('erofs-nbd index', 'warn', 'text');
   const registry = openRegistryClient(configuration, log);
@@ -182,12 +183,4 @@ function ensure(
       return Promise.resolve({ reader: progress.metered(reader, signal), forget: () => undefined });
     },
   });
-}
-
-function parsed(image: string) {
-  try {
-    return parseReference(image);
-  } catch (error) {
-    throw error instanceof ImageReferenceError ? new UsageError(error.message) : error;
-  }
 }

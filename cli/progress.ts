@@ -4,6 +4,7 @@
 import { Presets, SingleBar } from 'cli-progress';
 import type { ImageLayer } from './image-documents.js';
 import type { LayerOutcome, PullProgress } from './pull.js';
+import { formatSize } from './quantities.js';
 
 const OUTCOMES: Readonly<Record<LayerOutcome, string>> = {
   there: 'there already',
@@ -11,16 +12,8 @@ const OUTCOMES: Readonly<Record<LayerOutcome, string>> = {
   unpacked: 'downloaded and unpacked',
 };
 
-/** `1.5 MiB` */
-function bytes(size: number): string {
-  const units = ['B', 'KiB', 'MiB', 'GiB', 'TiB'];
-  const power = Math.min(Math.floor(Math.log2(Math.max(size, 1)) / 10), units.length - 1);
-  const value = size / 2 ** (10 * power);
-  return `${power === 0 ? value : value.toFixed(1)} ${units[power] ?? ''}`;
-}
-
 function nameOf({ descriptor }: ImageLayer): string {
-  return `${descriptor.digest.slice(0, 'sha256:'.length + 12)} (${bytes(descriptor.size)})`;
+  return `${descriptor.digest.slice(0, 'sha256:'.length + 12)} (${formatSize(descriptor.size)})`;
 }
 
 export interface ClosableProgress extends PullProgress {

@@ -5,13 +5,13 @@ import process from 'node:process';
 import * as grpc from '@grpc/grpc-js';
 import { InvalidArgumentError, Option, type Command } from 'commander';
 import { machinePlatform, parsePlatform, type Platform } from '../blobserve/registry/platform.js';
-import { ImageReferenceError, parseReference } from '../blobserve/registry/reference.js';
 import { openRegistryClient } from '../blobserve/open-registry-client.js';
 import { loadConfiguration } from '../daemon/configuration.js';
 import { createLogger } from '../daemon/log.js';
 import { CallError } from '../proto/unary-call.js';
 import { ContainerdClient } from '../snapshotter/containerd-client.js';
-import { Failure, UsageError } from './failure.js';
+import { Failure } from './failure.js';
+import { imageArgument } from './image-argument.js';
 import { openProgress } from './progress.js';
 import { pull } from './pull.js';
 import { interruptible, print } from './terminal.js';
@@ -68,7 +68,7 @@ function toPlatform(text: string): Platform {
 
 async function pullImage(image: string, options: PullCommandLine): Promise<void> {
   const configuration = loadConfiguration(options.config);
-  const reference = parsed(image);
+  const reference = imageArgument(image);
   const containerd = new ContainerdClient(options.address ?? configuration.containerd.address);
   const registry = openRegistryClient(configuration, createLogger('erofs-nbd pull', 'warn', 'text'));
   const progress = openProgress(process.stderr, options.quiet === true || options.json === true);
@@ -99,14 +99,6 @@ async function pullImage(image: string, options: PullCommandLine): Promise<void>
     progress.close();
     containerd.close();
     await registry.close();
-  }
-}
-
-function parsed(image: string) {
-  try {
-    return parseReference(image);
-  } catch (error) {
-    throw error instanceof ImageReferenceError ? new UsageError(error.message) : error;
   }
 }
 

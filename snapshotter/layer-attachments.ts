@@ -266,10 +266,7 @@ export class LayerAttachments {
         return;
       }
       // Taken down meanwhile, perhaps before it was attached again.
-      await this.#logged(
-        layerId,
-        client.detach(layerId).then(() => undefined),
-      );
+      await this.#logged(layerId, client.detach(layerId));
     }
   }
 
@@ -285,10 +282,9 @@ export class LayerAttachments {
     for (const layerId of devices.map((device) => control.Device.create(device).layerId)) {
       if (this.#layers.device(layerId) !== undefined) continue;
       this.#log.warn({ layer: layerId }, 'detaching a device that no row speaks of');
-      const detaching = dataPlane.call((client) => client.detach(layerId));
       await this.#logged(
         layerId,
-        detaching.then(() => undefined),
+        dataPlane.call((client) => client.detach(layerId)),
       );
     }
   }
@@ -302,7 +298,7 @@ export class LayerAttachments {
     }
   }
 
-  async #logged(layerId: number, work: Promise<void>): Promise<boolean> {
+  async #logged(layerId: number, work: Promise<unknown>): Promise<boolean> {
     try {
       await work;
       return true;

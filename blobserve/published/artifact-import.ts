@@ -4,7 +4,6 @@
  *
  * Plain calls that use a core for as long as they run: for a thread of its own (artifact-thread.ts).
  */
-import { createHash } from 'node:crypto';
 import { gunzipSync } from 'node:zlib';
 import { checkTarIndex } from '../layer/erofs/check.js';
 import { ZwinIndex } from '../layer/gzip/zwin.js';
@@ -14,6 +13,7 @@ import {
   type LayerIndexRecord,
   writeIndexFile,
 } from '../layer/index/layer-index.js';
+import { digestOf } from '../registry/digest.js';
 import { ArtifactError } from './artifact.js';
 
 export interface ArtifactImport {
@@ -99,6 +99,6 @@ function inflateTarindex({ tarindex, record }: ArtifactImport): Buffer {
 }
 
 function checkDigest(what: string, bytes: Uint8Array, wanted: string): void {
-  const digest = `sha256:${createHash('sha256').update(bytes).digest('hex')}`;
+  const digest = digestOf(bytes);
   if (digest !== wanted) throw new ArtifactError(`its ${what} has ${digest}, it says ${wanted}`);
 }

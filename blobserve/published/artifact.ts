@@ -2,11 +2,10 @@
  * Our own published index: an OCI manifest that refers to an image's manifest, a configuration that says what it is of, and
  * for each layer a tarindex and a file of checkpoints. docs/index-format.md is its specification.
  */
-import { createHash } from 'node:crypto';
 import { z } from 'zod';
 import { layerIndexSchema, type LayerIndexRecord } from '../layer/index/layer-index.js';
 import type { Descriptor } from '../registry/manifest.js';
-import { isDigest } from '../registry/digest.js';
+import { digestOf, isDigest } from '../registry/digest.js';
 
 export const ARTIFACT_TYPE = 'application/vnd.erofs-nbd.index.v1';
 export const CONFIG_TYPE = 'application/vnd.erofs-nbd.index.config.v1+json';
@@ -51,9 +50,9 @@ export interface ArtifactDocument {
   readonly digest: string;
 }
 
-export function document(mediaType: string, value: unknown): ArtifactDocument {
+function document(mediaType: string, value: unknown): ArtifactDocument {
   const body = Buffer.from(JSON.stringify(value));
-  return { mediaType, body, digest: `sha256:${createHash('sha256').update(body).digest('hex')}` };
+  return { mediaType, body, digest: digestOf(body) };
 }
 
 /**
