@@ -28,6 +28,13 @@ async function read(): Promise<Buffer | undefined> {
   return response.body.readAll(1000);
 }
 
+async function failure(promise: Promise<unknown>): Promise<string> {
+  return promise.then(
+    () => '',
+    (error: unknown) => String(error),
+  );
+}
+
 async function learn(): Promise<void> {
   for (let i = 0; i < 40; i++) await read();
 }
@@ -75,6 +82,17 @@ describe('a client', () => {
     server.fail('/blobs/', after(300));
     await read();
     expect(server.count('/blobs/')).toBe(before + 1);
+  });
+
+  it('asks a host again that was left alone while it was not known whether it speaks TLS', async () => {
+    client = new RegistryClient();
+    await read();
+    // A connection that ends before its answer makes the client forget how the host is spoken to.
+    server.failAlways('/blobs/', ({ request }) => request.socket.destroy());
+    await Promise.all(Array.from({ length: 8 }, () => failure(read())));
+    expect(await failure(read())).toContain('left alone');
+    server.behaveAgain();
+    await expect.poll(() => read().catch(() => undefined)).toEqual(BLOB.subarray(10, 110));
   });
 
   it('keeps a thousand readers of a host in trouble from becoming a storm, and all come right when it is back', async () => {

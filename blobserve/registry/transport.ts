@@ -199,9 +199,15 @@ export class Transport {
     if (way.plainHttp !== true && !this.#plainHttp.allows(plain)) return secure;
     let decision = this.#decided.get(host);
     if (decision === undefined) {
+      // Before anything is remembered: a refusal that comes at once would stay as the decision.
+      this.#checkRested(plain);
       // Whoever else waits for it must not see this one's abort.
-      decision = this.#decide(host, secure, plain, { ...way, signal: undefined });
-      this.#decided.set(host, decision);
+      decision = this.#decide(secure, plain, { ...way, signal: undefined });
+      const asked = decision;
+      this.#decided.set(host, asked);
+      asked.catch(() => {
+        if (this.#decided.peek(host) === asked) this.#decided.delete(host);
+      });
     }
     return abortable(decision, way.signal);
   }
@@ -377,34 +383,29 @@ export class Transport {
   }
 
   async #decide(
-    host: string,
     secure: URL,
     plain: URL,
     way: Pick<TransportRequest, 'connection' | 'plainHttp' | 'tolerance' | 'signal'>,
   ): Promise<URL> {
     try {
-      this.health(plain.origin).check();
-    } catch (error) {
-      throw this.#undecided(host, this.#resting(error, plain));
-    }
-    try {
       // That it does not speak TLS is no trouble.
       await this.#probe(secure, { ...way, tolerance: ANYTHING });
       return secure;
     } catch (error) {
-      if (!(error instanceof RegistryError) || !mayBePlain(error)) throw this.#undecided(host, error);
+      if (!(error instanceof RegistryError) || !mayBePlain(error)) throw error;
       // A TLS server answers 400 to plain http: then the trouble with TLS was another one.
-      const status = await this.#probe(plain, way).catch((plainError: unknown) => {
-        throw this.#undecided(host, plainError);
-      });
-      if (status === 400) throw this.#undecided(host, error);
+      if ((await this.#probe(plain, way)) === 400) throw error;
       return plain;
     }
   }
 
-  #undecided(host: string, error: unknown): unknown {
-    this.#decided.delete(host);
-    return error;
+  /** @throws {RegistryError} when nothing is sent to the host for now */
+  #checkRested(url: URL): void {
+    try {
+      this.health(url.origin).check();
+    } catch (error) {
+      throw this.#resting(error, url);
+    }
   }
 
   /** The status of the version check, which every registry answers in some way. */
