@@ -83,7 +83,8 @@ export interface IndexerOptions {
   readonly resumeFrom?: IndexerState;
 }
 
-const DEFAULT_RESUME_DISTANCE: ResumeDistance = {
+/** About a second of work. */
+export const DEFAULT_RESUME_DISTANCE: ResumeDistance = {
   compressed: 32 * 1024 * 1024,
   uncompressed: 256 * 1024 * 1024,
 };

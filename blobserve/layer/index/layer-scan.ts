@@ -11,9 +11,14 @@ import { type ResourceLimits } from 'node:worker_threads';
 import { buildTarIndex } from '../erofs/tarindex.js';
 import { openSha256, type Sha256 } from '../../linux/sha256.js';
 import { GzipError } from '../gzip/gzip-error.js';
-import { GzipIndexer, type IndexerState, type ResumeDistance } from '../gzip/indexer.js';
+import {
+  DEFAULT_RESUME_DISTANCE,
+  GzipIndexer,
+  type IndexerState,
+  type ResumeDistance,
+} from '../gzip/indexer.js';
 import { type PackedWindow, packWindow, ZwinWriter } from '../gzip/zwin.js';
-import { TarScanner } from '../tar/scanner.js';
+import { TarScanner, type TarScannerState } from '../tar/scanner.js';
 import { LayerTreeBuilder } from '../tar/tree-builder.js';
 import {
   clearIndex,
@@ -22,7 +27,14 @@ import {
   type LayerIndexFiles,
   type LayerIndexRecord,
 } from './layer-index.js';
-import { type JournalIdentity, type OpenPoint, ResumeJournal, type ResumePoint } from './resume-journal.js';
+import {
+  type GzipPoint,
+  type JournalIdentity,
+  type OpenPoint,
+  type PlainState,
+  ResumeJournal,
+  ResumeJournalError,
+} from './resume-journal.js';
 
 export interface LayerScanOptions {
   readonly files: LayerIndexFiles;
@@ -33,7 +45,7 @@ export interface LayerScanOptions {
   readonly maxUncompressedBytes: number;
   /** Layers of more entries, or more files and directories, are refused. Default: those of scanner and tree. */
   readonly maxEntries?: number | undefined;
-  /** When an interruption is to be gone on from: which blob it is. A plain tar is hashed again, which is fast. */
+  /** When an interruption is to be gone on from: which blob it is. */
   readonly resumable?:
     | undefined
     | {
@@ -65,11 +77,14 @@ interface ReadyCheckpoint {
   readonly window: PackedWindow;
 }
 
-/** What a scan goes on from, opened. */
-interface Kept {
-  readonly journal: ResumeJournal;
-  readonly checkpoints: ZwinWriter;
-  readonly point: ResumePoint;
+/** What a scan writes beside the tarindex, and what it goes on from. */
+interface Opened {
+  readonly journal?: ResumeJournal;
+  /** Of a gzip blob. */
+  readonly checkpoints?: ZwinWriter;
+  readonly scanner?: TarScannerState;
+  readonly indexer?: IndexerState;
+  readonly plain?: PlainState;
 }
 
 /** Call `write` with the blob's bytes from `from` on in order, then `finish` once, or `abandon`. */
@@ -88,14 +103,14 @@ export class LayerScan {
   #keeping: Promise<void> = Promise.resolve();
   #kept = 0;
   #written: number;
+  #lastPlainPoint: number;
 
   private constructor(
     options: LayerScanOptions,
     tree: LayerTreeBuilder,
-    files: Partial<Kept>,
+    { checkpoints, journal, scanner, indexer, plain }: Opened,
     sha256: (state?: Buffer) => Sha256,
   ) {
-    const { checkpoints, journal, point } = files;
     this.#options = options;
     this.#tree = tree;
     this.#checkpoints = checkpoints;
@@ -105,13 +120,14 @@ export class LayerScan {
       (entry) => this.#take(entry),
       maxEntries === undefined ? {} : { maxEntries },
     );
-    this.from = point?.indexer.checkpoint.in ?? 0;
+    this.from = indexer?.checkpoint.in ?? plain?.offset ?? 0;
     this.#written = this.from;
+    this.#lastPlainPoint = this.from;
+    if (scanner !== undefined) this.#scanner.resume(scanner);
     if (checkpoints === undefined) {
-      this.#plainHash = sha256();
+      this.#plainHash = sha256(plain?.hash);
       return;
     }
-    if (point !== undefined) this.#scanner.resume(point.scanner);
     this.#gzip = new GzipIndexer({
       spanSize: options.spanSize,
       maxUncompressedBytes: options.maxUncompressedBytes,
@@ -120,7 +136,7 @@ export class LayerScan {
       onData: (chunk) => this.#scanner.write(chunk),
       ...(journal !== undefined && { onResumePoint: (state: IndexerState) => this.#beginPoint(state) }),
       ...(options.resumable?.distance !== undefined && { resumeDistance: options.resumable.distance }),
-      ...(point !== undefined && { resumeFrom: point.indexer }),
+      ...(indexer !== undefined && { resumeFrom: indexer }),
     });
   }
 
@@ -134,10 +150,6 @@ export class LayerScan {
     unusable: (reason: string) => void = () => undefined,
   ): Promise<LayerScan> {
     const { compression, files, resumable, spanSize } = options;
-    if (compression === 'none') {
-      await clearIndex(files);
-      return new LayerScan(options, newTree(options), {}, sha256);
-    }
     if (resumable !== undefined && resumable.afresh !== true && existsSync(files.journal)) {
       const tree = newTree(options);
       try {
@@ -145,7 +157,7 @@ export class LayerScan {
         try {
           return new LayerScan(options, tree, kept, sha256);
         } catch (error) {
-          await Promise.all([kept.journal.close(), kept.checkpoints.abandon()]);
+          await Promise.all([kept.journal?.close(), kept.checkpoints?.abandon()]);
           throw error;
         }
       } catch (error) {
@@ -154,13 +166,14 @@ export class LayerScan {
       }
     }
     await clearIndex(files);
-    const checkpoints = await ZwinWriter.create(files.checkpoints);
+    const checkpoints = compression === 'gzip' ? await ZwinWriter.create(files.checkpoints) : undefined;
     const identity = resumable && { ...resumable, spanSize };
     const journal = identity && (await ResumeJournal.create(files.journal, identity));
-    return new LayerScan(options, newTree(options), { checkpoints, ...(journal && { journal }) }, sha256);
+    const opened = { ...(checkpoints && { checkpoints }), ...(journal && { journal }) };
+    return new LayerScan(options, newTree(options), opened, sha256);
   }
 
-  /** Bytes of the blob that need not be inflated again after an interruption now. */
+  /** Bytes of the blob that need not be looked at again after an interruption now. */
   get kept(): number {
     return this.#kept;
   }
@@ -179,6 +192,8 @@ export class LayerScan {
       }
       this.#plainHash?.update(chunk);
       this.#scanner.write(chunk);
+      this.#plainPoint();
+      await this.#keep();
       return;
     }
     this.#gzip.write(chunk);
@@ -201,6 +216,15 @@ export class LayerScan {
     if (this.#point !== undefined) return;
     const checkpoints = (this.#checkpoints?.count ?? 0) + this.#ready.length;
     this.#point = this.#journal?.beginPoint(state, this.#scanner.save(), checkpoints);
+  }
+
+  #plainPoint(): void {
+    const { compressed: distance } = this.#options.resumable?.distance ?? DEFAULT_RESUME_DISTANCE;
+    if (this.#journal === undefined || this.#written - this.#lastPlainPoint < distance) return;
+    const hash = this.#plainHash?.save?.();
+    if (hash === undefined) return;
+    this.#lastPlainPoint = this.#written;
+    this.#journal.addPlainPoint({ offset: this.#written, hash }, this.#scanner.save());
   }
 
   #endPoint(): void {
@@ -294,19 +318,25 @@ export class LayerScan {
 
 /** @throws {ResumeJournalError | CheckpointError} what was kept cannot be gone on with; the tree is of no use then */
 async function openKept(
-  { files }: LayerScanOptions,
+  { files, compression }: LayerScanOptions,
   identity: JournalIdentity,
   tree: LayerTreeBuilder,
-): Promise<Kept> {
+): Promise<Opened> {
   const { journal, point } = await ResumeJournal.open(files.journal, identity, (entry) => tree.add(entry));
+  const { pass, scanner } = point;
   try {
-    return {
-      journal,
-      point,
-      checkpoints: await ZwinWriter.resume(files.checkpoints, point.rows, point.windows),
-    };
+    if (isPlain(pass) !== (compression === 'none')) {
+      throw new ResumeJournalError(`${files.journal}: it is of a blob that is compressed in another way`);
+    }
+    if (isPlain(pass)) return { journal, scanner, plain: pass };
+    const checkpoints = await ZwinWriter.resume(files.checkpoints, pass.rows, pass.windows);
+    return { journal, scanner, checkpoints, indexer: pass.indexer };
   } catch (error) {
     await journal.close();
     throw error;
   }
+}
+
+function isPlain(pass: GzipPoint | PlainState): pass is PlainState {
+  return 'hash' in pass;
 }

@@ -3,7 +3,8 @@
  *
  *     header    which blob, how it is indexed, by what (JSON)
  *     entries   entries of the tar, deflated
- *     point     everything else at a checkpoint: indexer, tar scanner, the checkpoints since the point before
+ *     point     everything else at a checkpoint: indexer, tar scanner, the checkpoints since the point before; of a plain
+ *               tar, which needs no checkpoints, the state of its hash and of the scanner, anywhere
  *
  * Each frame ends with the SHA-256 of all frames up to it, so a journal is good up to its last point whose digest is
  * right, and whatever comes behind (a torn write, damage) is cut off. Replaying the entries before it makes the tree that
@@ -20,7 +21,7 @@ import type { EntryType, TarEntry } from '../tar/entry.js';
 import type { TarScannerState } from '../tar/scanner.js';
 
 /** Version of the frames and of everything in them. */
-const FORMAT = 1;
+const FORMAT = 2;
 const FRAME = structure({ kind: 'u32', length: 'u32' });
 const KIND = { HEADER: 1, ENTRIES: 2, POINT: 3 } as const;
 const DIGEST_SIZE = 32;
@@ -39,10 +40,23 @@ export interface JournalIdentity {
   readonly spanSize: number;
 }
 
-/** Everything about an indexing at one of its checkpoints but the entries of the tar. */
+/** Where the pass over a plain tar stands. */
+export interface PlainState {
+  /** Bytes so far. */
+  readonly offset: number;
+  /** State of the SHA-256 over them. */
+  readonly hash: Buffer;
+}
+
+/** Everything about an indexing at one of its points but the entries of the tar. */
 export interface ResumePoint {
-  readonly indexer: IndexerState;
   readonly scanner: TarScannerState;
+  readonly pass: GzipPoint | PlainState;
+}
+
+/** At a checkpoint of a gzip blob. */
+export interface GzipPoint {
+  readonly indexer: IndexerState;
   /** The checkpoints up to and with this one, as zwin rows. */
   readonly rows: readonly Buffer[];
   readonly windows: ZwinMark;
@@ -50,7 +64,7 @@ export interface ResumePoint {
 
 /** States as they are written. */
 interface States {
-  readonly indexer: Omit<IndexerState, 'spanDigests'>;
+  readonly pass: Omit<IndexerState, 'spanDigests'> | PlainState;
   readonly scanner: TarScannerState;
 }
 
@@ -58,7 +72,8 @@ interface States {
 interface PointBody {
   /** Serialized {@link States}. */
   readonly states: Buffer;
-  readonly windows: ZwinMark;
+  /** Absent for a plain tar. */
+  readonly windows: ZwinMark | undefined;
   readonly rows: Buffer;
   readonly spanDigests: Buffer;
 }
@@ -119,9 +134,15 @@ export class ResumeJournal {
     try {
       const { end, hash, point } = await replay(path, file, identity, onEntry);
       await file.truncate(end);
-      const journal = new ResumeJournal(file, hash, end, point.rows.length);
-      journal.#spans = point.indexer.spanDigests.length;
-      journal.#lastPoint = journal.#written = point.indexer.checkpoint.in;
+      const { pass } = point;
+      if ('hash' in pass) {
+        const journal = new ResumeJournal(file, hash, end, 0);
+        journal.#lastPoint = journal.#written = pass.offset;
+        return { journal, point };
+      }
+      const journal = new ResumeJournal(file, hash, end, pass.rows.length);
+      journal.#spans = pass.indexer.spanDigests.length;
+      journal.#lastPoint = journal.#written = pass.indexer.checkpoint.in;
       return { journal, point };
     } catch (error) {
       await file.close();
@@ -149,12 +170,27 @@ export class ResumeJournal {
     const { spanDigests, ...rest } = indexer;
     const fresh = Buffer.concat(spanDigests.slice(this.#spans));
     this.#spans = spanDigests.length;
-    const states: States = { indexer: rest, scanner };
+    const states: States = { pass: rest, scanner };
     return { states: serialize(states), spanDigests: fresh, checkpoints, in: indexer.checkpoint.in };
   }
 
+  /** Puts a point of a plain tar in the journal, to be written next. */
+  addPlainPoint(pass: PlainState, scanner: TarScannerState): void {
+    this.#endBatch();
+    const none = Buffer.alloc(0);
+    const states: States = { pass, scanner };
+    const body: PointBody = {
+      states: serialize(states),
+      windows: undefined,
+      rows: none,
+      spanDigests: none,
+    };
+    this.#lastPoint = pass.offset;
+    this.#frame(KIND.POINT, serialize(body));
+  }
+
   /**
-   * Puts a point in the journal, to be written next.
+   * Puts the point begun in the journal, to be written next.
    *
    * @param rowsFrom the rows of all checkpoints from one on
    */
@@ -245,15 +281,17 @@ async function replay(
     last = { end: at, hash: hash.copy(), body };
   }
   if (last === undefined) throw new ResumeJournalError(`${path}: it has no point to go on from`);
+  const { end, hash: reached } = last;
   const { windows, states } = last.body;
-  const { indexer, scanner } = deserialize(states) as States;
-  if (rows.length !== spanDigests.length + 1) {
+  const { pass, scanner } = deserialize(states) as States;
+  if ('hash' in pass) return { end, hash: reached, point: { scanner, pass } };
+  if (windows === undefined || rows.length !== spanDigests.length + 1) {
     throw new ResumeJournalError(
       `${path}: ${rows.length} checkpoints with ${spanDigests.length} span digests`,
     );
   }
-  const point = { indexer: { ...indexer, spanDigests }, scanner, rows, windows };
-  return { end: last.end, hash: last.hash, point };
+  const indexer = { ...pass, spanDigests };
+  return { end, hash: reached, point: { scanner, pass: { indexer, rows, windows } } };
 }
 
 /** The frame at a place, or undefined where none is whole and right. */

@@ -43,7 +43,9 @@ const blobs = new Map([
   ['one member', gzipSync(tar)],
   ['two members', Buffer.concat([gzipSync(tar.subarray(0, cut)), gzipSync(tar.subarray(cut), { level: 1 })])],
   ['hundreds of members', Buffer.concat(eStargz)],
+  ['a plain tar', tar],
 ]);
+const isPlain = (blob: Buffer): boolean => blob[0] !== 0x1f;
 
 let directory: string;
 beforeEach(async () => {
@@ -68,7 +70,7 @@ async function start(
   const scan = await LayerScan.start(
     {
       files,
-      compression: 'gzip',
+      compression: isPlain(blob) ? 'none' : 'gzip',
       spanSize: 64 * 1024,
       maxUncompressedBytes: 1 << 30,
       resumable: { digest: sha256(blob), size: blob.length, distance: DISTANCE },
@@ -91,7 +93,7 @@ async function complete(scan: LayerScan, blob: Buffer, piece = PIECE): Promise<L
 async function crash(files: LayerIndexFiles, folder: string, blob: Buffer): Promise<LayerIndexFiles> {
   const left = filesIn(folder, blob);
   await clearIndex(left);
-  for (const name of ['journal', 'checkpoints'] as const) {
+  for (const name of isPlain(blob) ? (['journal'] as const) : (['journal', 'checkpoints'] as const)) {
     const suffix = name === 'checkpoints' ? '.partial' : '';
     await copyFile(files[name] + suffix, left[name] + suffix);
   }
@@ -101,7 +103,8 @@ async function crash(files: LayerIndexFiles, folder: string, blob: Buffer): Prom
 interface Whole {
   readonly record: LayerIndexRecord;
   readonly tarindex: Buffer;
-  readonly checkpoints: Buffer;
+  /** Of a plain tar: undefined. */
+  readonly checkpoints: Buffer | undefined;
 }
 async function undisturbed(blob: Buffer): Promise<Whole> {
   const files = filesIn('whole', blob);
@@ -109,15 +112,19 @@ async function undisturbed(blob: Buffer): Promise<Whole> {
   return {
     record,
     tarindex: await readFile(files.tarindex),
-    checkpoints: await readFile(files.checkpoints),
+    checkpoints: isPlain(blob) ? undefined : await readFile(files.checkpoints),
   };
 }
 async function expectSame(record: LayerIndexRecord, files: LayerIndexFiles, whole: Whole): Promise<void> {
   expect(record).toEqual(whole.record);
   expect((await readFile(files.tarindex)).equals(whole.tarindex)).toBe(true);
-  expect((await readFile(files.checkpoints)).equals(whole.checkpoints)).toBe(true);
+  const names = [files.tarindex];
+  if (whole.checkpoints !== undefined) {
+    expect((await readFile(files.checkpoints)).equals(whole.checkpoints)).toBe(true);
+    names.push(files.checkpoints);
+  }
   const kept = await readdir(path.dirname(files.record));
-  expect(kept.sort()).toEqual([files.tarindex, files.checkpoints].map((name) => path.basename(name)).sort());
+  expect(kept.sort()).toEqual(names.map((name) => path.basename(name)).sort());
 }
 
 describe('an interrupted indexing', () => {
@@ -142,25 +149,28 @@ describe('an interrupted indexing', () => {
     await expectSame(await scan.finish(), files, whole);
   });
 
-  it('is gone on with as often as it is interrupted', async () => {
-    const blob = blobs.get('two members') ?? Buffer.alloc(0);
-    const whole = await undisturbed(blob);
-    let files = filesIn('first', blob);
-    let scan = await start(files, blob);
-    const froms: number[] = [];
-    for (let attempt = 0; attempt < 4; attempt++) {
-      const until = Math.floor((blob.length * (attempt + 1)) / 5);
-      for (let at = scan.from; at < until; at += PIECE) {
-        await scan.write(blob.subarray(at, Math.min(at + PIECE, until)));
+  it.each(['two members', 'a plain tar'])(
+    'of %s is gone on with as often as it is interrupted',
+    async (name) => {
+      const blob = blobs.get(name) ?? Buffer.alloc(0);
+      const whole = await undisturbed(blob);
+      let files = filesIn('first', blob);
+      let scan = await start(files, blob);
+      const froms: number[] = [];
+      for (let attempt = 0; attempt < 4; attempt++) {
+        const until = Math.floor((blob.length * (attempt + 1)) / 5);
+        for (let at = scan.from; at < until; at += PIECE) {
+          await scan.write(blob.subarray(at, Math.min(at + PIECE, until)));
+        }
+        await expect.poll(() => scan.kept).toBeGreaterThan(scan.from);
+        files = await crash(files, `crash-${attempt}`, blob);
+        scan = await start(files, blob);
+        froms.push(scan.from);
       }
-      await expect.poll(() => scan.kept).toBeGreaterThan(scan.from);
-      files = await crash(files, `crash-${attempt}`, blob);
-      scan = await start(files, blob);
-      froms.push(scan.from);
-    }
-    expect(froms).toEqual([...new Set(froms)].sort((a, b) => a - b));
-    await expectSame(await complete(scan, blob), files, whole);
-  });
+      expect(froms).toEqual([...new Set(froms)].sort((a, b) => a - b));
+      await expectSame(await complete(scan, blob), files, whole);
+    },
+  );
 
   it('is refused and gone when what follows is corrupt', async () => {
     const blob = Buffer.from(blobs.get('one member') ?? Buffer.alloc(0));
@@ -175,6 +185,30 @@ describe('an interrupted indexing', () => {
     await expect(complete(resumed, blob)).rejects.toThrow(/CRC32 .* compressed byte/);
     await resumed.abandon();
     expect(await readdir(path.dirname(left.record))).toEqual([]);
+  });
+});
+
+describe('what is left of the indexing of a plain tar', () => {
+  it('is not used for a blob in gzip, nor the other way round', async () => {
+    const inGzip = blobs.get('one member') ?? Buffer.alloc(0);
+    for (const [before, now] of [
+      [tar, inGzip],
+      [inGzip, tar],
+    ] as const) {
+      // As when a registry sent something else at first.
+      const resumable = { digest: sha256(now), size: now.length, distance: DISTANCE };
+      const files = filesIn('mixed', now);
+      const scan = await start(files, before, { resumable });
+      for (let at = 0; at < before.length * 0.8; at += PIECE) {
+        await scan.write(before.subarray(at, at + PIECE));
+      }
+      await expect.poll(() => scan.kept).toBeGreaterThan(0);
+      const reasons: string[] = [];
+      const next = await start(files, now, { resumable }, (reason) => reasons.push(reason));
+      expect(next.from).toBe(0);
+      expect(reasons).toEqual([expect.stringContaining('compressed in another way')]);
+      expect(await complete(next, now)).toEqual((await undisturbed(now)).record);
+    }
   });
 });
 
