@@ -11,6 +11,7 @@ import { NotIndexableError } from './layer-indexer.js';
 import type { LayerServer } from './layer-server.js';
 import { dataPlaneFamilies } from './metric-families.js';
 import { counted } from './metrics.js';
+import type { PullCredentials } from './registry/pull-credentials.js';
 import { ImageReferenceError } from './registry/reference.js';
 import { ReadError, type ReadErrorKind } from './readers/blob-reader.js';
 import { RegistryError, type RegistryFailure } from './registry/registry-error.js';
@@ -23,6 +24,8 @@ export interface ControlOptions {
     source: control.LayerSource.$Properties,
     platform: string,
   ) => Promise<control.LayerSource.$Properties>;
+  /** Credentials that came with pulls. */
+  readonly pulls: Pick<PullCredentials, 'take' | 'messages'>;
   readonly backend: 'nbd' | 'fuse';
   readonly backendReason: string;
   readonly fuseMountPoint: string;
@@ -110,6 +113,11 @@ export function controlImplementation(options: ControlOptions): grpc.UntypedServ
       hosts: options.hosts(),
       awaited: server.awaited(),
     })),
+    keepPullCredentials: unary('KeepPullCredentials', (request: control.KeepPullCredentialsRequest) => {
+      for (const repository of request.repositories) options.pulls.take(repository);
+      return {};
+    }),
+    pullCredentials: unary('PullCredentials', () => ({ repositories: options.pulls.messages() })),
     metrics: unary('Metrics', () => ({
       families: dataPlaneFamilies({ devices: server.list(), hosts: options.hosts() }).map(
         ({ samples, ...family }) => ({ ...family, samples: [...samples] }),

@@ -12,7 +12,7 @@ import { LRUCache } from 'lru-cache';
 import type { Configuration } from '../daemon/configuration.js';
 import type { Logger } from '../daemon/log.js';
 import { control } from '../proto/messages.js';
-import type { LayerBlob, LayerBlobs } from './layer-blobs.js';
+import { referencesOf, type LayerBlob, type LayerBlobs } from './layer-blobs.js';
 import type { IndexRequest, LayerIndexer } from './layer-indexer.js';
 import { ErofsFormatError, parseSuperBlock, SUPER_BLOCK_READ } from './layer/erofs/super-block.js';
 import { CheckpointError } from './layer/gzip/gzip-error.js';
@@ -45,6 +45,8 @@ export interface LayerPath {
 
 type Source = control.LayerSource.$Properties;
 
+  /** The blob may be had from these images too. */
+  alsoFrom(source: Source): void;
 /** Layers whose indexing is remembered until they are opened. */
 const INDEXED_MAX = 1024;
 
@@ -299,3 +301,4 @@ async function checkSuperBlock(reader: BlobReader, digest: string): Promise<void
     throw new LayerRefusedError(`layer ${digest} is an EROFS image that needs ${devices} more devices`);
   }
 }
+      alsoFrom: (source) => blob.range.alsoFrom(referencesOf(source)),

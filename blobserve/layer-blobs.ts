@@ -17,7 +17,7 @@ import { CacheSpace } from './readers/cache-space.js';
 import { FetchSlots } from './readers/fetch-slots.js';
 import { RegistryRangeReader } from './readers/registry-range.js';
 import { RetryReader } from './readers/retry.js';
-import { parseReference, registryHost } from './registry/reference.js';
+import { parseReference, registryHost, type Reference } from './registry/reference.js';
 import type { RegistryClient } from './registry/registry-client.js';
 
 export interface LayerBlobsOptions {
@@ -94,9 +94,9 @@ export class LayerBlobs {
     const size = source.size ?? 0;
     const imageRef = source.imageRef ?? '';
     const layerLog = log.child({ layer: digest, image: imageRef });
-    const reference = parseReference(imageRef);
+    const [reference, ...others] = referencesOf(source);
     const host = registryHost(reference);
-    const range = new RegistryRangeReader({ client, reference, digest, size });
+    const range = new RegistryRangeReader({ client, reference, others, digest, size });
     const retry = new RetryReader(range, {
       readDeadlineMs: configuration.fetch.read_deadline,
       onRetry: ({ tries, waitMs, error }) => {
@@ -105,7 +105,14 @@ export class LayerBlobs {
       },
     });
     const name = `${host}/${reference.repository}`;
-    const knowledge = await this.verifier.knowledge({ digest, size, source: name, log: layerLog });
+    const knowledge = await this.verifier.knowledge({
+      digest,
+      size,
+      get source() {
+        return range.source;
+      },
+      log: layerLog,
+    });
     await mkdir(cacheDirectory, { recursive: true, mode: 0o700 });
     const slots = this.#slotsOf(host);
     const cache = await CacheReader.open(retry, {
@@ -205,6 +212,18 @@ export class LayerBlobs {
 /** @param text `22:00-06:00`, or nothing */
 function dayWindow(text: string): DayWindow | undefined {
   const [from, to] = text.split('-').map((time) => {
+/**
+ * Where the blob of a layer may be had from, in the order to ask in.
+ *
+ * @throws {ImageReferenceError} the source makes no sense
+ */
+export function referencesOf({
+  imageRef,
+  otherImageRefs,
+}: control.LayerSource.$Properties): [Reference, ...Reference[]] {
+  return [parseReference(imageRef ?? ''), ...(otherImageRefs ?? []).map(parseReference)];
+}
+
     const [hours = '', minutes = ''] = time.split(':');
     return 60 * Number(hours) + Number(minutes);
   });

@@ -13,6 +13,7 @@ class Node {
   readonly attached: number[] = [];
   readonly opening: { answer: () => void; fail: (error: Error) => void }[] = [];
   closed = 0;
+  readonly sources: string[] = [];
   readonly server = new LayerServer({
     backend: {
       name: 'fuse',
@@ -28,6 +29,7 @@ class Node {
         const path: LayerPath = {
           reader: READER,
           statistics: () => ({ cachedBytes: 0, fetchedBytes: 0, requests: 0, misses: 0 }),
+          alsoFrom: ({ imageRef }) => void this.sources.push(imageRef ?? ''),
           close: () => Promise.resolve(void (this.closed += 1)),
         };
         this.opening.push({ answer: () => resolve(path), fail: reject });

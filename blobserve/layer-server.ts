@@ -59,6 +59,7 @@ export class LayerServer {
       controller.signal.throwIfAborted();
       const existing = this.#served.get(request.layerId);
       if (existing !== undefined) {
+        if (request.source) existing.path.alsoFrom(request.source);
         return { device: describe(request.layerId, existing, this.#options.backend), reconnected: true };
       }
       const served = await this.#attach(request, controller.signal);

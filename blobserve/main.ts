@@ -2,12 +2,13 @@
 /**
  * Blobserve, the data plane: started and watched by the snapshotter, answering page faults and nothing else.
  */
-import { readSync, writeFileSync } from 'node:fs';
+import { readSync } from 'node:fs';
 import { rm } from 'node:fs/promises';
 import process from 'node:process';
 import * as grpc from '@grpc/grpc-js';
 import { Command, Option } from 'commander';
 import { loadConfiguration, type Configuration } from '../daemon/configuration.js';
+import { keepMemoryOutOfCoreDumps } from '../daemon/core-dump.js';
 import { faultPoint } from '../daemon/fault-point.js';
 import { layout as layoutOf } from '../daemon/layout.js';
 import { createLogger, type Logger } from '../daemon/log.js';
@@ -26,6 +27,7 @@ import { LayerServer } from './layer-server.js';
 import { PublishedIndexes } from './published/published-indexes.js';
 import { openRegistryClient } from './open-registry-client.js';
 
+import { PullCredentials } from './registry/pull-credentials.js';
 interface CommandLine {
   config?: string;
   root: string;
@@ -67,15 +69,6 @@ function isWrittenDown(): boolean {
   return readSync(0, Buffer.alloc(1)) === 1;
 }
 
-/** Passwords and tokens are in memory while they are used. (core(5): no kind of mapping is written.) */
-function keepMemoryOutOfCoreDumps(log: Logger): void {
-  try {
-    writeFileSync('/proc/self/coredump_filter', '0');
-  } catch (error) {
-    log.warn({ err: error }, 'a core dump of this process would hold passwords and tokens');
-  }
-}
-
 async function main(): Promise<void> {
   const options = new Command('blobserve')
     .description("erofs-nbd's data plane; started by erofs-nbd-snapshotter")
@@ -98,7 +91,8 @@ async function main(): Promise<void> {
   const layout = layoutOf(configuration.root);
   const fuseMountPoint = options.attach === 'fuse' ? layout.fuse : '';
   const backend = await openBackend(options, configuration, fuseMountPoint, log);
-  const client = openRegistryClient(configuration, log);
+  const pulls = new PullCredentials();
+  const client = openRegistryClient(configuration, log, pulls);
   const lookup = new LayerLookup(client);
   const { index } = configuration;
   const indexer = new LayerIndexer({
@@ -180,6 +174,7 @@ async function main(): Promise<void> {
       log,
     }),
   );
+      pulls,
   await rm(layout.controlSocket, { force: true });
   await new Promise<void>((resolve, reject) => {
     controlServer.bindAsync(

@@ -5,11 +5,17 @@ import type { Configuration } from '../daemon/configuration.js';
 import type { Logger } from '../daemon/log.js';
 import { VERSION } from '../daemon/version.js';
 import { credentialSources } from './registry/credential-sources.js';
+import type { CredentialSource } from './registry/credentials.js';
 import { HostsDirectory } from './registry/hosts-directory.js';
 import { RegistryClient } from './registry/registry-client.js';
 import { TRANSPORT_DEFAULTS } from './registry/transport.js';
 
-export function openRegistryClient({ registry, fetch }: Configuration, log: Logger): RegistryClient {
+/** @param pulls what came with the kubelet's pulls */
+export function openRegistryClient(
+  { registry, fetch }: Configuration,
+  log: Logger,
+  pulls?: CredentialSource,
+): RegistryClient {
   return new RegistryClient({
     insecureHosts: registry.insecure,
     connectTimeoutMs: registry.connect_timeout,
@@ -21,6 +27,6 @@ export function openRegistryClient({ registry, fetch }: Configuration, log: Logg
     hedge: registry.hedge,
     userAgent: `erofs-nbd/${VERSION}`,
     hosts: new HostsDirectory(registry.hosts_dir, { onProblem: (problem) => log.warn(problem) }),
-    credentials: credentialSources(registry, log),
+    credentials: credentialSources(registry, log, pulls),
   });
 }

@@ -91,6 +91,8 @@ const schema = z.strictObject({
       insecure: z.array(z.string()).default([]),
       hosts_dir: pathList('/etc/containerd/certs.d'),
       docker_config: pathOrNone.default('/root/.docker/config.json'),
+      cri_image_service: z.boolean().default(false),
+      cri_credentials_kept: duration('7d', '1m', '365d'),
       kubernetes_secrets: pathOrNone.default(''),
       credential_provider_config: pathOrNone.default(''),
       credential_provider_directory: pathOrNone.default(''),

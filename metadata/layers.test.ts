@@ -1,6 +1,6 @@
 import { describe, expect, it } from 'vitest';
 import { MetadataError, type MetadataErrorCode } from './errors.js';
-import { LayerStore, type DeviceRow, type LayerInput } from './layers.js';
+import { LayerStore, MAX_OTHERS, type DeviceRow, type LayerInput } from './layers.js';
 import { SnapshotStore } from './snapshots.js';
 import { temporaryRoots } from './testing/temporary-root.js';
 
@@ -45,7 +45,7 @@ describe('a layer', () => {
     const root = newRoot();
     const first = stores(root);
     const layer = first.layers.findOrCreate(LAYER);
-    expect(layer).toEqual({ ...LAYER, id: 1, createdNs: 1_000_000_000_000_000_001n });
+    expect(layer).toEqual({ ...LAYER, id: 1, createdNs: 1_000_000_000_000_000_001n, otherImageRefs: [] });
     expect(first.layers.findOrCreate(LAYER)).toEqual(layer);
     expect(first.layers.findOrCreate(OTHER).id).toBe(2);
     first.database.close();
@@ -56,7 +56,7 @@ describe('a layer', () => {
     expectRefused(() => layers.get(3), 'not_found', /layer 3 does not exist/);
   });
 
-  it('that another image has too is read from that image from now on', () => {
+  it('that another image has too is read from that image from now on, or from the others', () => {
     const { layers } = stores();
     const { id, createdNs } = layers.findOrCreate(LAYER);
     const source = {
@@ -64,15 +64,52 @@ describe('a layer', () => {
       manifestDigest: `sha256:${'3'.repeat(64)}`,
       mediaType: 'application/vnd.docker.image.rootfs.diff.tar.gzip',
     };
-    expect(layers.findOrCreate({ ...LAYER, ...source })).toEqual({ ...LAYER, ...source, id, createdNs });
+    expect(layers.findOrCreate({ ...LAYER, ...source })).toEqual({
+      ...LAYER,
+      ...source,
+      id,
+      createdNs,
+      otherImageRefs: [LAYER.imageRef],
+    });
+  });
+
+  it('keeps every repository that it was given with, once, the newest first, and not without end', () => {
+    const root = newRoot();
+    const first = stores(root);
+    const give = (imageRef: string) => first.layers.findOrCreate({ ...LAYER, imageRef });
+    give('a.example/x:1');
+    give('a.example/x:2');
+    give('b.example:5000/x@sha256:abc');
+    give('c.example/y/z');
+    expect(give('a.example/x:3')).toMatchObject({
+      imageRef: 'a.example/x:3',
+      otherImageRefs: ['c.example/y/z', 'b.example:5000/x@sha256:abc'],
+    });
+    for (let i = 0; i < 2 * MAX_OTHERS; i++) give(`many.example/${i}`);
+    const { id, otherImageRefs } = give('last.example/x');
+    expect(otherImageRefs).toEqual(
+      Array.from({ length: MAX_OTHERS }, (_, i) => `many.example/${2 * MAX_OTHERS - 1 - i}`),
+    );
+    first.database.close();
+    const { layers, database } = stores(root);
+    expect(layers.get(id).otherImageRefs).toEqual(otherImageRefs);
+    expect(layers.orphans().map((layer) => layer.otherImageRefs)).toEqual([otherImageRefs]);
+    expect(layers.release(id)).toBe(true);
+    const left = database.prepare<[], { count: number }>('SELECT count(*) AS count FROM layer_sources');
+    expect(left.get()).toEqual({ count: 0 });
   });
 
   it('has what was not known of it filled in, and keeps what is', () => {
     const { layers } = stores();
     const unknown = { mediaType: '', size: 0, kind: 'other', diffId: '' } as const;
     const { id, createdNs } = layers.findOrCreate({ ...LAYER, ...unknown });
-    expect(layers.findOrCreate(LAYER)).toEqual({ ...LAYER, id, createdNs });
-    expect(layers.findOrCreate({ ...LAYER, ...unknown })).toEqual({ ...LAYER, id, createdNs });
+    expect(layers.findOrCreate(LAYER)).toEqual({ ...LAYER, id, createdNs, otherImageRefs: [] });
+    expect(layers.findOrCreate({ ...LAYER, ...unknown })).toEqual({
+      ...LAYER,
+      id,
+      createdNs,
+      otherImageRefs: [],
+    });
   });
 
   it.each<[string, Partial<LayerInput>, RegExp]>([

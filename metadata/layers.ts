@@ -39,7 +39,12 @@ export interface LayerRow extends LayerInput {
   readonly id: number;
   /** Nanoseconds since 1970-01-01 UTC. */
   readonly createdNs: bigint;
+  /** Images of other repositories that the layer was given with before, the newest first; at most {@link MAX_OTHERS}. */
+  readonly otherImageRefs: readonly string[];
 }
+
+/** Repositories kept of a layer beside the one it was given with last. */
+export const MAX_OTHERS = 8;
 
 export type Backend = 'nbd' | 'fuse';
 export type DeviceState = 'attaching' | 'attached' | 'mounted' | 'detaching';
@@ -64,6 +69,12 @@ export interface DeviceRow {
   readonly updatedNs: bigint;
 }
 
+/** A layer as SQLite answers it. */
+interface LayerColumns extends Omit<LayerRow, 'otherImageRefs'> {
+  /** JSON. */
+  readonly others: string;
+}
+
 /** Rows are read with 64-bit integers: the times need them. */
 type Wide<T> = {
   [K in keyof T]: T[K] extends number ? bigint : T[K] extends number | null ? bigint | null : T[K];
@@ -71,7 +82,9 @@ type Wide<T> = {
 
 const LAYER = `
   SELECT id, digest, image_ref AS imageRef, manifest_digest AS manifestDigest, media_type AS mediaType, size, kind,
-    diff_id AS diffId, created_ns AS createdNs
+    diff_id AS diffId, created_ns AS createdNs,
+    (SELECT json_group_array(image_ref ORDER BY given_ns DESC, repository) FROM layer_sources WHERE layer_id = layers.id)
+      AS others
   FROM layers`;
 
 const DEVICE = `
@@ -84,12 +97,15 @@ const DIGEST = /^(?:sha256:[0-9a-f]{64}|sha384:[0-9a-f]{96}|sha512:[0-9a-f]{128}
 
 export class LayerStore {
   readonly #database: MetadataDatabase;
-  readonly #byId: Database.Statement<[number], Wide<LayerRow>>;
-  readonly #byDigest: Database.Statement<[string], Wide<LayerRow>>;
+  readonly #byId: Database.Statement<[number], Wide<LayerColumns>>;
+  readonly #byDigest: Database.Statement<[string], Wide<LayerColumns>>;
   readonly #user: Database.Statement<[number], { id: number }>;
-  readonly #orphans: Database.Statement<[], Wide<LayerRow>>;
+  readonly #orphans: Database.Statement<[], Wide<LayerColumns>>;
   readonly #insert: Database.Statement<(string | number | bigint)[]>;
   readonly #setSource: Database.Statement<(string | number)[]>;
+  readonly #keepOther: Database.Statement<[number, string, string, bigint]>;
+  readonly #dropOther: Database.Statement<[number, string]>;
+  readonly #dropOldest: Database.Statement<[number, number, number]>;
   readonly #delete: Database.Statement<[number]>;
   readonly #device: Database.Statement<[number], Wide<DeviceRow>>;
   readonly #devices: Database.Statement<[], Wide<DeviceRow>>;
@@ -100,10 +116,10 @@ export class LayerStore {
     this.#database = database;
     const wide = <P extends unknown[], R>(sql: string) =>
       database.prepare<P, Wide<R>>(sql).safeIntegers(true);
-    this.#byId = wide<[number], LayerRow>(`${LAYER} WHERE id = ?`);
-    this.#byDigest = wide<[string], LayerRow>(`${LAYER} WHERE digest = ?`);
+    this.#byId = wide<[number], LayerColumns>(`${LAYER} WHERE id = ?`);
+    this.#byDigest = wide<[string], LayerColumns>(`${LAYER} WHERE digest = ?`);
     this.#user = database.prepare('SELECT id FROM snapshots WHERE layer_id = ? LIMIT 1');
-    this.#orphans = wide<[], LayerRow>(
+    this.#orphans = wide<[], LayerColumns>(
       `${LAYER} WHERE NOT EXISTS (SELECT 1 FROM snapshots WHERE layer_id = layers.id) ORDER BY id`,
     );
     this.#insert = database.prepare(`
@@ -111,6 +127,13 @@ export class LayerStore {
       VALUES (?, ?, ?, ?, ?, ?, ?, ?)`);
     this.#setSource = database.prepare(`
       UPDATE layers SET image_ref = ?, manifest_digest = ?, media_type = ?, size = ?, kind = ?, diff_id = ? WHERE id = ?`);
+    this.#keepOther = database.prepare(`
+      INSERT INTO layer_sources (layer_id, repository, image_ref, given_ns) VALUES (?, ?, ?, ?)
+      ON CONFLICT (layer_id, repository) DO UPDATE SET image_ref = excluded.image_ref, given_ns = excluded.given_ns`);
+    this.#dropOther = database.prepare('DELETE FROM layer_sources WHERE layer_id = ? AND repository = ?');
+    this.#dropOldest = database.prepare(`
+      DELETE FROM layer_sources WHERE layer_id = ? AND repository NOT IN (
+        SELECT repository FROM layer_sources WHERE layer_id = ? ORDER BY given_ns DESC LIMIT ?)`);
     this.#delete = database.prepare('DELETE FROM layers WHERE id = ?');
     this.#device = wide<[number], DeviceRow>(`${DEVICE} WHERE layer_id = ?`);
     this.#devices = wide<[], DeviceRow>(`${DEVICE} ORDER BY layer_id`);
@@ -144,8 +167,8 @@ export class LayerStore {
   }
 
   /**
-   * The layer of this digest. When it is known from another image, that one is its source from now on (it was asked for
-   * last, so it is there), and what was not known of the blob before is filled in.
+   * The layer of this digest. When it is known from another image, the one given is its first source from now on (it was
+   * asked for last, so it is there), the other is kept beside it, and what was not known of the blob before is filled in.
    *
    * @throws {MetadataError} invalid_argument: a digest of unknown form; or size, kind or diff ID differ from what is
    *   recorded for the same digest, so that one of the two images does not tell the truth
@@ -164,10 +187,21 @@ export class LayerStore {
         const kind = sameOrKnown(what, 'kind', known, layer, 'other');
         const diffId = sameOrKnown(what, 'diffId', known, layer, '');
         const mediaType = layer.mediaType === '' ? known.mediaType : layer.mediaType;
+        this.#keepSource(known, layer.imageRef);
         this.#setSource.run(layer.imageRef, layer.manifestDigest, mediaType, size, kind, diffId, known.id);
       }
       return existing(toLayer(this.#byDigest.get(layer.digest)), layer.digest);
     });
+  }
+
+  /** Keeps the repository that the layer is known from, when it is given from another one. */
+  #keepSource(known: LayerRow, imageRef: string): void {
+    const repository = repositoryOf(imageRef);
+    const before = repositoryOf(known.imageRef);
+    if (repository === before) return;
+    this.#keepOther.run(known.id, before, known.imageRef, this.#database.now());
+    this.#dropOther.run(known.id, repository);
+    this.#dropOldest.run(known.id, known.id, MAX_OTHERS);
   }
 
   /**
@@ -307,11 +341,17 @@ export class LayerStore {
   }
 }
 
-function narrowLayer(row: Wide<LayerRow>): LayerRow {
-  return { ...row, id: Number(row.id), size: Number(row.size) };
+function narrowLayer({ others, ...row }: Wide<LayerColumns>): LayerRow {
+  const otherImageRefs = JSON.parse(others) as string[];
+  return { ...row, id: Number(row.id), size: Number(row.size), otherImageRefs };
 }
 
-function toLayer(row: Wide<LayerRow> | undefined): LayerRow | undefined {
+/** An image reference without tag and digest. */
+function repositoryOf(imageRef: string): string {
+  return imageRef.replace(/@.*$/, '').replace(/:[^/:]*$/, '');
+}
+
+function toLayer(row: Wide<LayerColumns> | undefined): LayerRow | undefined {
   return row === undefined ? undefined : narrowLayer(row);
 }
 

@@ -20,6 +20,7 @@ export type Migration = string;
  *             identity of a layer that containerd asks for.
  * layers      Where a lazily served blob comes from, as far as it takes to serve it again after a reboot. No table has a
  *             column for a credential: those are resolved again.
+ * layer_sources  Other repositories that have the same blob: images that were pulled with it before the one in `layers`.
  * devices     How such a blob reaches the kernel. Written before the kernel is asked.
  */
 const VERSION_1 = `
@@ -67,7 +68,17 @@ const VERSION_1 = `
   CREATE INDEX snapshots_by_chain ON snapshots (chain_id, parent_id) WHERE kind = 'committed';
 `;
 
-export const MIGRATIONS: readonly Migration[] = [VERSION_1];
+const VERSION_2 = `
+  CREATE TABLE layer_sources (
+    layer_id INTEGER NOT NULL REFERENCES layers (id) ON DELETE CASCADE,
+    repository TEXT NOT NULL,
+    image_ref TEXT NOT NULL,
+    given_ns INTEGER NOT NULL,
+    PRIMARY KEY (layer_id, repository)
+  ) STRICT, WITHOUT ROWID;
+`;
+
+export const MIGRATIONS: readonly Migration[] = [VERSION_1, VERSION_2];
 
 /** The version of the tables this program knows; `PRAGMA user_version` of a database it has opened. */
 export const SCHEMA_VERSION = MIGRATIONS.length;

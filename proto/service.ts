@@ -90,6 +90,16 @@ export const controlService = {
   attach: method(`${C}Attach`, control.AttachRequest, control.AttachResponse),
   detach: method(`${C}Detach`, control.DetachRequest, control.DetachResponse),
   list: method(`${C}List`, control.ListRequest, control.ListResponse),
+  keepPullCredentials: method(
+    `${C}KeepPullCredentials`,
+    control.KeepPullCredentialsRequest,
+    control.KeepPullCredentialsResponse,
+  ),
+  pullCredentials: method(
+    `${C}PullCredentials`,
+    control.PullCredentialsRequest,
+    control.PullCredentialsResponse,
+  ),
   metrics: method(`${C}Metrics`, control.MetricsRequest, control.MetricsResponse),
   shutdown: method(`${C}Shutdown`, control.ShutdownRequest, control.ShutdownResponse),
 } as const;

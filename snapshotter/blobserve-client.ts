@@ -46,6 +46,14 @@ export class BlobServeClient {
     return unaryCall(this.#client, controlService.list, {}, REPORT_TIMEOUT);
   }
 
+  async keepPullCredentials(repositories: control.RepositoryCredentials.$Properties[]): Promise<void> {
+    await unaryCall(this.#client, controlService.keepPullCredentials, { repositories }, REPORT_TIMEOUT);
+  }
+
+  pullCredentials(): Promise<control.PullCredentialsResponse> {
+    return unaryCall(this.#client, controlService.pullCredentials, {}, REPORT_TIMEOUT);
+  }
+
   /** @param timeoutMs whoever scrapes does not wait for long */
   metrics(timeoutMs: number): Promise<control.MetricsResponse> {
     return unaryCall(this.#client, controlService.metrics, {}, timeoutMs);

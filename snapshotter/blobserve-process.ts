@@ -70,6 +70,10 @@ export interface BlobServeProcessOptions {
   readonly silenceTimeoutMs: number;
   /** When a process that is found gives its devices to a new one. */
   readonly handover: 'never' | 'other-version' | 'always';
+  /** Is called with a process that is found running, before it is adopted or replaced. */
+  readonly onFound: (client: BlobServeClient) => Promise<void>;
+  /** Is called with each process that has been started, before anybody else calls it. */
+  readonly onAnswers: (client: BlobServeClient) => Promise<void>;
   readonly log: Logger;
 }
 
@@ -166,6 +170,7 @@ export class BlobServeProcess {
   async open(found: control.HelloResponse | undefined): Promise<void> {
     const { handover } = this.#options;
     const isKept = handover === 'never' || (handover === 'other-version' && found?.version === VERSION);
+    if (found !== undefined) await this.#options.onFound(this.client);
     if (found !== undefined && !isKept) await this.#handOver(found);
     if (found === undefined || !isKept || !(await this.#adopt(found))) await this.#start();
   }
@@ -311,6 +316,7 @@ export class BlobServeProcess {
     faultPoint('blobserve-recorded');
     const identity = await answering;
     faultPoint('blobserve-answers');
+    await this.#options.onAnswers(this.client);
     this.#serves(identity);
     child.once('exit', (code, signal) => this.#died(identity, `exit ${signal ?? code}`));
     if (child.exitCode !== null || child.signalCode !== null) this.#died(identity, 'it ended at once');

@@ -9,6 +9,7 @@ import { mkdir } from 'node:fs/promises';
 import { setTimeout as sleep } from 'node:timers/promises';
 import * as grpc from '@grpc/grpc-js';
 import type { Configuration } from '../daemon/configuration.js';
+import { keepMemoryOutOfCoreDumps } from '../daemon/core-dump.js';
 import { faultPoint } from '../daemon/fault-point.js';
 import { layout as layoutOf, type Layout } from '../daemon/layout.js';
 import type { Logger } from '../daemon/log.js';
@@ -19,9 +20,11 @@ import { SnapshotStore } from '../metadata/snapshots.js';
 import { snapshotsService } from '../proto/service.js';
 import type { BlobServeProcess } from './blobserve-process.js';
 import { ContainerdClient } from './containerd-client.js';
+import { CredentialRelay } from './credential-relay.js';
 import { closeDataPlane, openDataPlane } from './data-plane.js';
 import { diskUsage } from './disk-usage.js';
 import { ImageDiscovery } from './image-discovery.js';
+import { imageService, ImageServiceProxy } from './image-service.js';
 import { LayerAttachments } from './layer-attachments.js';
 import { LayerFinder } from './layer-finder.js';
 import { snapshotterFamilies } from './metrics.js';
@@ -62,6 +65,8 @@ export class Daemon {
   #stopping = false;
   #containerd: ContainerdClient | undefined;
   #metrics: MetricsServer | undefined;
+  #credentials: CredentialRelay | undefined;
+  #images: ImageServiceProxy | undefined;
 
   constructor(options: DaemonOptions) {
     this.#options = options;
@@ -80,12 +85,23 @@ export class Daemon {
       snapshotsService,
       snapshotsImplementation(snapshotter, new PluginName(this.#layout.root), this.#log),
     );
+    this.#serveImages(server);
     await listen(server, configuration.address);
     faultPoint('socket-open');
     this.#server = server;
     this.#log.info({ version: VERSION, address: configuration.address, root: this.#layout.root }, 'ready');
     await this.#startMetrics();
     void this.#recover(attachments);
+  }
+
+  /** The kubelet's image service, in front of containerd's. */
+  #serveImages(server: grpc.Server): void {
+    const { registry, containerd } = this.#options.configuration;
+    const relay = this.#credentials;
+    if (!registry.cri_image_service || relay === undefined) return;
+    this.#images = new ImageServiceProxy({ address: containerd.address, relay, log: this.#log });
+    server.addService(imageService, this.#images.implementation());
+    this.#log.info({ containerd: containerd.address }, 'the image service of CRI is passed on to containerd');
   }
 
   /** Without them containers run as well: an address that is taken is no reason not to start. */
@@ -161,6 +177,7 @@ export class Daemon {
 
   async #open(): Promise<{ attachments: LayerAttachments; snapshotter: Snapshotter }> {
     const { configuration } = this.#options;
+    keepMemoryOutOfCoreDumps(this.#log);
     await mkdir(this.#layout.root, { recursive: true, mode: 0o711 });
     this.#database = openDatabase(this.#layout.root, { address: configuration.address, version: VERSION });
     faultPoint('database-opened');
@@ -173,6 +190,12 @@ export class Daemon {
       layers,
       dataPlane,
       mounter: this.#mounter,
+      log: this.#log,
+    });
+    // Also when the image service is off: a data plane may hold what came with pulls before.
+    this.#credentials = new CredentialRelay({
+      keptMs: configuration.registry.cri_credentials_kept,
+      call: async (work) => (await dataPlane()).call(work),
       log: this.#log,
     });
     const overlayOptions = [...(await kernelOverlayOptions()), ...configuration.mount.overlay_options];
@@ -213,12 +236,15 @@ export class Daemon {
 
   /** The data plane, opened by whoever wants it first; a failure is not kept, so that the next call tries again. */
   #dataPlaneOf(attachments: LayerAttachments): Promise<BlobServeProcess> {
+    const credentials = this.#credentials;
+    if (credentials === undefined) throw new Error('the data plane is wanted before the daemon is open');
     this.#dataPlane ??= openDataPlane({
       configuration: this.#options.configuration,
       layout: this.#layout,
       args: this.#options.sharedArguments,
       mounter: this.#mounter,
       handover: this.#options.handover,
+      credentials,
       log: this.#log,
     }).then(
       (dataPlane) => {
@@ -264,6 +290,7 @@ export class Daemon {
 
   #close(): void {
     this.#containerd?.close();
+    this.#images?.close();
     this.#mounter.close();
     this.#database?.close();
   }

@@ -12,6 +12,7 @@ import type { Logger } from '../daemon/log.js';
 import type { control } from '../proto/messages.js';
 import { chooseBackend } from './backend-choice.js';
 import { BlobServeProcess } from './blobserve-process.js';
+import type { CredentialRelay } from './credential-relay.js';
 import { dropFuse, endKeeper, isKept, keepFuse, takeKeptFuse } from './fuse-keeper.js';
 import { mountAt, mountTable } from './mount-table.js';
 import type { Mounter } from './mounter.js';
@@ -24,6 +25,8 @@ export interface DataPlaneOptions {
   readonly mounter: Mounter;
   /** A data plane that runs is replaced by a new one, which takes its devices over. */
   readonly handover: boolean;
+  /** What is to be told to each data plane that is started, and found out from one that runs. */
+  readonly credentials: Pick<CredentialRelay, 'takeFrom' | 'giveTo'>;
   readonly log: Logger;
 }
 
@@ -54,6 +57,8 @@ export async function openDataPlane(options: DataPlaneOptions): Promise<BlobServ
       silenceTimeoutMs: configuration.recovery.silence_timeout,
       // Without netlink a device dies with its server: the old one goes on as long as it can.
       handover: !choice.survives ? 'never' : options.handover ? 'always' : 'other-version',
+      onFound: (client) => options.credentials.takeFrom(client),
+      onAnswers: (client) => options.credentials.giveTo(client),
       log,
     });
   let dataPlane = create();

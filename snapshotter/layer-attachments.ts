@@ -103,8 +103,11 @@ export class LayerAttachments {
    */
   async attachFor<T>(layer: LayerInput, use: (layerId: number) => T): Promise<T> {
     return this.#locks.run(layer.digest, async () => {
-      const { id } = this.#layers.findOrCreate(layer);
+      const before = this.#layers.findByDigest(layer.digest)?.imageRef;
+      const found = this.#layers.findOrCreate(layer);
+      const { id } = found;
       try {
+        if (this.#ready.has(id) && before !== found.imageRef) await this.#tellSources(found);
         await this.#ensure(id);
         return use(id);
       } catch (error) {
@@ -270,6 +273,19 @@ export class LayerAttachments {
     }
   }
 
+  /** A layer that is served already may be had from another repository too. */
+  async #tellSources(layer: LayerRow): Promise<void> {
+    const device = this.#layers.device(layer.id);
+    if (device === undefined) return;
+    try {
+      const dataPlane = await this.#options.dataPlane();
+      await dataPlane.call((client) => this.#attach(client, layer, { ...device, checked: true }));
+    } catch (error) {
+      // It is served all the same; the next data plane will know.
+      this.#log.warn({ layer: layer.digest, image: layer.imageRef, err: error }, 'a source is not told of');
+    }
+  }
+
   #currentBoot(): Promise<string> {
     this.#bootId ??= readBootId();
     return this.#bootId;
@@ -362,6 +378,7 @@ export class LayerAttachments {
         size: layer.size,
         kind: KINDS[layer.kind],
         diffId: layer.diffId,
+        otherImageRefs: [...layer.otherImageRefs],
       },
     });
     const { device } = response;

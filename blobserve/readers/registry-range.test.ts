@@ -13,7 +13,7 @@ import {
   wrongRange,
   type Fault,
 } from '../../test/fault-server.js';
-import { parseReference } from '../registry/reference.js';
+import { parseReference, type Reference } from '../registry/reference.js';
 import { RegistryClient } from '../registry/registry-client.js';
 import { ReadError } from './blob-reader.js';
 import { RegistryRangeReader } from './registry-range.js';
@@ -346,6 +346,101 @@ describe('redirects', () => {
     expect(error.message).not.toContain('s3cret');
     expect(['corrupt', 'local']).toContain(error.kind);
     expect(server.count('/blobs/')).toBeLessThanOrEqual(12);
+  });
+});
+
+describe('an address that was redirected to', () => {
+  let storage: FaultServer;
+
+  beforeEach(async () => {
+    storage = await FaultServer.start();
+    storage.addBlob(blob);
+    server.failAlways(
+      '/blobs/',
+      redirect(({ request }) => `${storage.url}${request.url ?? ''}`),
+    );
+    await reader.read(Buffer.alloc(1), 0);
+    expect([server.count('/blobs/'), storage.count('/blobs/')]).toEqual([1, 1]);
+  });
+
+  afterEach(async () => {
+    await client.close();
+    await storage.close();
+  });
+
+  it.each<[string, Fault]>([
+    ['has another range', wrongRange({ contentRange: 'bytes 0-9/300000' })],
+    ['breaks off', wrongRange({ endAt: 5, ending: 'reset' })],
+    ['has less than it should', status(416)],
+    ['answers with a page', status(200, {}, '<html>')],
+  ])('and %s is looked up again by the next read', async (_name, fault) => {
+    storage.fail('/blobs/', fault);
+    await failure(200_000, 10);
+    expect(await bytes(200_000, 10)).toEqual(blob.subarray(200_000, 200_010));
+    expect(server.count('/blobs/')).toBe(2);
+  });
+});
+
+describe('a blob in several repositories', () => {
+  let other: FaultServer;
+
+  beforeEach(async () => {
+    other = await FaultServer.start();
+    other.addBlob(blob);
+  });
+
+  afterEach(async () => {
+    await reader.close();
+    await client.close();
+    await other.close();
+  });
+
+  const openFrom = (...names: string[]): void => {
+    const [reference, ...others] = names.map(parseReference) as [Reference, ...Reference[]];
+    reader = new RegistryRangeReader({ client, reference, others, digest, size: SIZE });
+  };
+
+  it.each([401, 403, 404])(
+    'is read from the next when one answers %i, which is left out then',
+    async (code) => {
+      openFrom(`${server.host}/gone:1`, `${server.host}/team/app:1`);
+      server.failAlways('/gone/', status(code));
+      for (const offset of [0, 1000, 2000]) {
+        expect(await bytes(offset, 10)).toEqual(blob.subarray(offset, offset + 10));
+      }
+      expect([server.count('/gone/'), server.count('/team/app/')]).toEqual([1, 3]);
+      expect(reader.source).toBe(`${server.host}/team/app`);
+    },
+  );
+
+  it('is read from another host when one is in trouble, but not from there what is in trouble too', async () => {
+    openFrom(`${server.host}/a:1`, `${server.host}/b:1`, `${other.host}/c:1`);
+    server.failAlways('/blobs/', status(503));
+    expect(await bytes(0, 10)).toEqual(blob.subarray(0, 10));
+    expect([server.count('/a/'), server.count('/b/'), other.count('/c/')]).toEqual([1, 0, 1]);
+  });
+
+  it('that nobody gives is an error that names all and what each said', async () => {
+    openFrom(`${server.host}/gone:1`, `${server.host}/secret:1`);
+    server.failAlways('/gone/', status(404));
+    server.failAlways('/secret/', status(403));
+    const error = await failure(0, 10);
+    expect(error.kind).toBe('denied');
+    expect(error.message).toMatch(
+      /gone or .*secret: 10 bytes at 0: .*secret: answered 403.*gone: answered 404/,
+    );
+    // Who refused is asked all the same when there is nobody else.
+    server.behaveAgain();
+    expect(await bytes(0, 10)).toEqual(blob.subarray(0, 10));
+  });
+
+  it('is read from one that becomes known later', async () => {
+    openFrom(`${server.host}/gone:1`);
+    server.failAlways('/gone/', status(404));
+    expect((await failure(0, 10)).kind).toBe('missing');
+    reader.alsoFrom([parseReference(`${other.host}/new:2`)]);
+    expect(await bytes(0, 10)).toEqual(blob.subarray(0, 10));
+    expect([server.count('/gone/'), other.count('/new/')]).toEqual([1, 1]);
   });
 });
 

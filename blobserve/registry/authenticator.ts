@@ -12,6 +12,7 @@
 import { LRUCache } from 'lru-cache';
 import { Authorization } from './authorization.js';
 import { parseChallenges } from './challenge.js';
+import { type Attempt, CredentialChoice, identityOf } from './credential-choice.js';
 import type { Credentials, CredentialSource } from './credentials.js';
 import {
   isRecord,
@@ -46,16 +47,6 @@ export interface Party {
   readonly connection?: ConnectionSettings | undefined;
 }
 
-/** What a request has tried so far. */
-export class Attempt {
-  /** What was sent and refused. */
-  readonly refused: Authorization[] = [];
-  /** Credentials that led to nothing: never used again by this request. */
-  readonly tried = new Set<string>();
-  /** The credentials that each authorization of this request came from. */
-  readonly from = new Map<Authorization, string>();
-}
-
 /** How a registry wants to be spoken to. */
 type Access =
   { readonly scheme: 'basic' } | { readonly scheme: 'bearer'; readonly realm: URL; readonly service: string };
@@ -80,7 +71,7 @@ const MAX_HOSTS = 1000;
 
 export class Authenticator {
   readonly #transport: Transport;
-  readonly #sources: readonly CredentialSource[];
+  readonly #choice: CredentialChoice;
   readonly #now: () => number;
   readonly #access = new LRUCache<string, Access>({ max: MAX_HOSTS });
   readonly #tokens = new LRUCache<string, Token>({ max: MAX_TOKENS });
@@ -89,7 +80,7 @@ export class Authenticator {
   constructor(transport: Transport, options: AuthenticatorOptions = {}) {
     this.#transport = transport;
     const { credentials = [] } = options;
-    this.#sources = 'lookup' in credentials ? [credentials] : credentials;
+    this.#choice = new CredentialChoice('lookup' in credentials ? [credentials] : credentials);
     this.#now = options.now ?? Date.now;
   }
 
@@ -99,8 +90,16 @@ export class Authenticator {
    * @throws {RegistryError} when a token is needed and cannot be had
    */
   async authorize(party: Party, attempt: Attempt): Promise<Authorization | undefined> {
-    const access = this.#access.get(party.base.origin);
-    return access === undefined ? undefined : this.#answer(access, party, attempt);
+    const { origin } = party.base;
+    const access = this.#access.get(origin);
+    if (access === undefined) return undefined;
+    try {
+      return await this.#answer(access, party, attempt);
+    } catch (error) {
+      // The token service may have moved: the registry is asked first the next time, and says where it is.
+      if (this.#access.get(origin) === access) this.#access.delete(origin);
+      throw error;
+    }
   }
 
   /**
@@ -127,8 +126,8 @@ export class Authenticator {
     if (sent !== undefined) {
       attempt.refused.push(sent);
       const credentials = attempt.from.get(sent);
-      if (credentials !== undefined) attempt.tried.add(credentials);
       const key = tokenKey(access, party);
+      if (credentials !== undefined) this.#choice.refuse(key, credentials, attempt);
       // Only the token that was refused: another request may have replaced it already.
       if (this.#tokens.get(key)?.authorization === sent) this.#tokens.delete(key);
     }
@@ -137,9 +136,10 @@ export class Authenticator {
       if (answer === undefined) return undefined;
       if (!attempt.refused.some((refused) => refused.reveal() === answer.reveal())) return answer;
       const credentials = attempt.from.get(answer);
-      this.#tokens.delete(tokenKey(access, party));
+      const key = tokenKey(access, party);
+      this.#tokens.delete(key);
       if (credentials === undefined || attempt.tried.has(credentials)) return undefined;
-      attempt.tried.add(credentials);
+      this.#choice.refuse(key, credentials, attempt);
     }
   }
 
@@ -180,13 +180,19 @@ export class Authenticator {
     const key = tokenKey(access, party);
     const token = this.#tokens.get(key);
     if (token !== undefined && this.#now() < token.renewAt) return token.authorization;
-    const credentials = await this.#candidate(party, attempt);
+    const credentials = await this.#choice.next(key, party.host, party.repository, attempt);
     if (credentials === undefined && attempt.tried.size > 0) return undefined;
     const identity = identityOf(credentials);
     if (access.scheme === 'basic') {
-      if (credentials === undefined || 'identityToken' in credentials) return undefined;
+      if (credentials === undefined) return undefined;
+      if ('identityToken' in credentials) {
+        // For token services only.
+        this.#choice.refuse(key, identity, attempt);
+        return this.#answer(access, party, attempt);
+      }
       const authorization = Authorization.basic(credentials.username, credentials.password);
       attempt.from.set(authorization, identity);
+      this.#choice.use(key, identity);
       this.#tokens.set(key, { authorization, renewAt: this.#now() + BASIC_LIFE });
       return authorization;
     }
@@ -199,30 +205,16 @@ export class Authenticator {
     try {
       const { authorization } = await fetch;
       attempt.from.set(authorization, identity);
+      this.#choice.use(key, identity);
       return authorization;
     } catch (error) {
       if (!(error instanceof RegistryError) || error.kind !== 'denied' || credentials === undefined)
         throw error;
-      attempt.tried.add(identity);
+      this.#choice.refuse(key, identity, attempt);
       const answer = await this.#answer(access, party, attempt);
       if (answer === undefined) throw error;
       return answer;
     }
-  }
-
-  /** The first credentials that this request has not tried. */
-  async #candidate(party: Party, attempt: Attempt): Promise<Credentials | undefined> {
-    const { host, repository } = party;
-    for (const source of this.#sources) {
-      let credentials = await lookUp(source, host, repository);
-      if (credentials !== undefined && attempt.tried.has(identityOf(credentials))) {
-        // What it kept may be out of date.
-        const again = source.refused?.(host, repository) === true;
-        credentials = again ? await lookUp(source, host, repository) : undefined;
-      }
-      if (credentials !== undefined && !attempt.tried.has(identityOf(credentials))) return credentials;
-    }
-    return undefined;
   }
 
   async #fetchToken(
@@ -336,24 +328,6 @@ export class Authenticator {
 /** A token, and nothing else that a waiting request needs. */
 interface Issued {
   readonly authorization: Authorization;
-}
-
-async function lookUp(
-  source: CredentialSource,
-  host: string,
-  repository: string,
-): Promise<Credentials | undefined> {
-  const credentials = await source.lookup(host, repository);
-  if (credentials === undefined || 'identityToken' in credentials) return credentials;
-  // What credential helpers answer instead of a user name when the secret is a refresh token.
-  return credentials.username === '<token>' ? { identityToken: credentials.password } : credentials;
-}
-
-function identityOf(credentials: Credentials | undefined): string {
-  if (credentials === undefined) return 'anonymous';
-  return 'identityToken' in credentials
-    ? JSON.stringify([credentials.identityToken])
-    : JSON.stringify([credentials.username, credentials.password]);
 }
 
 function tokenKey(access: Access, { base, host, scope, repository }: Party): string {

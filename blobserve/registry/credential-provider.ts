@@ -2,12 +2,13 @@
  * The kubelet's credential-provider plugins (Kubernetes, "Configure a kubelet image credential provider"): programs
  * that a CredentialProviderConfig names, asked with the image's name and answering with credentials by registry.
  *
- * The same configuration and programs as the kubelet's are used; its JSON form is read. Providers that need a token of
- * the pod's service account cannot be asked: only the kubelet can have one.
+ * The same configuration and programs as the kubelet's are used. Providers that need a token of the pod's service account
+ * cannot be asked: only the kubelet can have one.
  */
 import { readFile, stat } from 'node:fs/promises';
 import path from 'node:path';
 import { LRUCache } from 'lru-cache';
+import { parse as parseYaml, YAMLError } from 'yaml';
 import { z } from 'zod';
 import { matchingKeys } from './credential-key.js';
 import { PasswordCredentials, type Credentials, type CredentialSource } from './credentials.js';
@@ -78,15 +79,18 @@ export class CredentialProviders implements CredentialSource {
     this.#onProblem = options.onProblem ?? (() => undefined);
   }
 
-  async lookup(host: string, repository: string): Promise<Credentials | undefined> {
+  /** Of every provider that is for the image, in the order of the configuration. */
+  async lookup(host: string, repository: string): Promise<readonly Credentials[]> {
     await this.#refresh();
+    const all: Credentials[] = [];
     for (const provider of this.#matching(host, repository)) {
       const auth = await this.#ask(provider, host, repository);
-      const [key] = matchingKeys(Object.keys(auth), host, repository);
-      const found = key === undefined ? undefined : auth[key];
-      if (found !== undefined) return new PasswordCredentials(found.username, found.password);
+      for (const key of matchingKeys(Object.keys(auth), host, repository)) {
+        const found = auth[key];
+        if (found !== undefined) all.push(new PasswordCredentials(found.username, found.password));
+      }
     }
-    return undefined;
+    return all;
   }
 
   refused(host: string, repository: string): boolean {
@@ -181,11 +185,16 @@ export class CredentialProviders implements CredentialSource {
 
   #parse(text: string): readonly Provider[] {
     const { config } = this.#options;
-    const document = parseJson(text);
-    if (document === undefined) {
-      this.#onProblem(
-        `${config} is not JSON; write the CredentialProviderConfig in JSON, which the kubelet reads too`,
-      );
+    let document: unknown;
+    try {
+      // JSON is YAML too. Warnings would go to standard error, and may quote the text.
+      document = parseYaml(text, { logLevel: 'error' });
+    } catch (error) {
+      // A ReferenceError for aliases that make too much of too little.
+      if (!(error instanceof YAMLError) && !(error instanceof ReferenceError)) throw error;
+      const place = error instanceof YAMLError ? error.linePos?.[0] : undefined;
+      const where = place === undefined ? '' : `line ${place.line}, column ${place.col}: `;
+      this.#onProblem(`${config}: ${where}this is not YAML; no credential provider is asked`);
       return [];
     }
     const result = configSchema.safeParse(document);

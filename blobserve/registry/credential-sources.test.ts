@@ -33,10 +33,10 @@ function program(name: string, body: string): void {
 }
 const runs = () => readFileSync(`${folder}/runs`, 'utf8').split('\n').length - 1;
 const input = () => readFileSync(`${folder}/input`, 'utf8');
-const shown = (credentials: Credentials | undefined) =>
-  credentials === undefined || 'identityToken' in credentials
-    ? credentials
-    : `${credentials.username}:${credentials.password}`;
+const shown = (found: readonly Credentials[]) =>
+  found
+    .map((one) => ('identityToken' in one ? one.identityToken : `${one.username}:${one.password}`))
+    .join(' ');
 const auth = (pair: string) => ({ auth: Buffer.from(pair).toString('base64') });
 
 describe('matchingKeys', () => {
@@ -131,7 +131,7 @@ describe('Docker’s configuration', () => {
   it('takes no path for a helper’s name', async () => {
     program('evil', `echo '{"Username":"one","Secret":"s3cret"}'`);
     const docker = config({ credsStore: '/../evil' });
-    expect(await docker.lookup('r.example', 'a')).toBeUndefined();
+    expect(await docker.lookup('r.example', 'a')).toEqual([]);
     expect(problems.join()).toContain('is no program name');
   });
 });
@@ -140,7 +140,7 @@ describe('Kubernetes pull secrets', () => {
   it('are found in files and mounted directories, and when they change', async () => {
     const directory = path.join(folder, 'secrets');
     const secrets = new KubernetesSecrets(directory, { onProblem });
-    expect(await secrets.lookup('a.example', 'team/x')).toBeUndefined();
+    expect(await secrets.lookup('a.example', 'team/x')).toEqual([]);
     await secrets.lookup('a.example', 'team/x');
     expect(problems).toEqual([`${directory} cannot be read (ENOENT); there are no pull secrets`]);
 
@@ -152,20 +152,31 @@ describe('Kubernetes pull secrets', () => {
     expect(shown(await secrets.lookup('a.example', 'team/x'))).toBe('one:1');
     expect(shown(await secrets.lookup('x.b.example', 'team/x'))).toBe('glob:2');
     expect(shown(await secrets.lookup('c.example', 'team/x'))).toBe('mounted:3');
-    expect(await secrets.lookup('c.example', 'other/x')).toBeUndefined();
+    expect(await secrets.lookup('c.example', 'other/x')).toEqual([]);
     write('one.json', { 'a.example': auth('renewed:11') });
     expect(shown(await secrets.lookup('a.example', 'team/x'))).toBe('renewed:11');
     rmSync(path.join(directory, 'one.json'));
-    expect(await secrets.lookup('a.example', 'team/x')).toBeUndefined();
+    expect(await secrets.lookup('a.example', 'team/x')).toEqual([]);
+  });
+
+  it('that are for the same registry are all given, by name, the most specific key of each first', async () => {
+    const directory = path.join(folder, 'secrets');
+    mkdirSync(directory);
+    const write = (name: string, auths: unknown) =>
+      writeFileSync(path.join(directory, name), JSON.stringify({ auths }));
+    write('b', { 'a.example': auth('b:1'), 'other.example': auth('b:2') });
+    write('a', { '*.example': auth('glob:3'), 'a.example/team': auth('team:4') });
+    write('c', { 'a.example/elsewhere': auth('c:5') });
+    const secrets = new KubernetesSecrets(directory, { onProblem });
+    expect(shown(await secrets.lookup('a.example', 'team/x'))).toBe('team:4 glob:3 b:1');
+    expect(problems).toEqual([]);
   });
 
   it('run no program', async () => {
     program('docker-credential-one', `echo '{"Username":"one","Secret":"s3cret"}'`);
     mkdirSync(path.join(folder, 'secrets'));
     writeFileSync(path.join(folder, 'secrets', 'x'), '{"credsStore":"one"}');
-    expect(
-      await new KubernetesSecrets(path.join(folder, 'secrets')).lookup('a.example', 'x'),
-    ).toBeUndefined();
+    expect(await new KubernetesSecrets(path.join(folder, 'secrets')).lookup('a.example', 'x')).toEqual([]);
     expect(() => runs()).toThrow('ENOENT');
   });
 });
@@ -218,7 +229,7 @@ describe('credential providers of the kubelet', () => {
     expect(runs()).toBe(1);
     await providers.lookup('s.example', 'team/other');
     expect(runs()).toBe(2);
-    expect(await providers.lookup('r.example', 'elsewhere')).toBeUndefined();
+    expect(await providers.lookup('r.example', 'elsewhere')).toEqual([]);
     expect(runs()).toBe(2);
     expect(providers.refused('r.example', 'team/app')).toBe(true);
     await providers.lookup('r.example', 'team/app');
@@ -251,8 +262,8 @@ describe('credential providers of the kubelet', () => {
   ])('that %s is told of, and left alone for a while', async (_name, body, message) => {
     program('plugin', body);
     const providers = configure();
-    expect(await providers.lookup('r.example', 'team/app')).toBeUndefined();
-    expect(await providers.lookup('r.example', 'team/app')).toBeUndefined();
+    expect(await providers.lookup('r.example', 'team/app')).toEqual([]);
+    expect(await providers.lookup('r.example', 'team/app')).toEqual([]);
     expect(runs()).toBe(1);
     expect(problems).toHaveLength(1);
     expect(problems[0]).toContain(message);
@@ -264,10 +275,39 @@ describe('credential providers of the kubelet', () => {
     [{ name: '../evil' }, undefined, 'providers.0.name is not as'],
     [{ apiVersion: 'v9' }, undefined, 'providers.0.apiVersion is not as'],
     [{ tokenAttributes: { serviceAccountTokenAudience: 'x' } }, undefined, 'tokens of service accounts'],
-    [{}, 'kind: CredentialProviderConfig', 'is not JSON'],
+    [{}, 'kind: CredentialProviderConfig', 'providers is not as'],
+    [{}, 'kind: "s3cret', 'line 1, column 14: this is not YAML'],
+    [{}, 'a: &a [s3cret]\nb: *c', 'this is not YAML'],
   ])('are not asked when configured wrongly: %j %s', async (provider, document, message) => {
     program('plugin', response());
-    expect(await configure(provider, document).lookup('r.example', 'team/app')).toBeUndefined();
+    expect(await configure(provider, document).lookup('r.example', 'team/app')).toEqual([]);
     expect(problems.join()).toContain(message);
+    expect(problems.join()).not.toContain('s3cret');
+  });
+
+  it('are configured in YAML too, as in the kubelet’s manual', async () => {
+    program('plugin', `echo "$1 $PLUGIN_SAYS" >${folder}/asked\n${response()}`);
+    const providers = configure(
+      {},
+      `# Kubernetes, "Configure a kubelet image credential provider"
+apiVersion: kubelet.config.k8s.io/v1
+kind: CredentialProviderConfig
+providers:
+  - name: plugin
+    matchImages:
+      - "*.dkr.ecr.*.amazonaws.com"
+      - '*.example/team'
+    defaultCacheDuration: "12h"
+    apiVersion: ${API}
+    args:
+      - get-credentials
+    env:
+      - name: PLUGIN_SAYS
+        value: "hello"
+`,
+    );
+    expect(shown(await providers.lookup('r.example', 'team/app'))).toBe('plugin:s3cret');
+    expect(readFileSync(`${folder}/asked`, 'utf8')).toBe('get-credentials hello\n');
+    expect(problems).toEqual([]);
   });
 });

@@ -9,9 +9,11 @@ import type { CredentialSource } from './credentials.js';
 import { DockerConfig } from './docker-config.js';
 import { KubernetesSecrets } from './kubernetes-secrets.js';
 
+/** @param pulls what came with the kubelet's pulls, where those come through us */
 export function credentialSources(
   registry: Configuration['registry'],
   log: Pick<Logger, 'warn'>,
+  pulls?: CredentialSource,
 ): readonly CredentialSource[] {
   const onProblem = (problem: string) => log.warn(problem);
   const timeoutMs = registry.credential_timeout;
@@ -19,6 +21,7 @@ export function credentialSources(
   if (registry.docker_config !== '') {
     sources.push(new DockerConfig(registry.docker_config, { onProblem, helperTimeoutMs: timeoutMs }));
   }
+  if (pulls !== undefined) sources.push(pulls);
   if (registry.kubernetes_secrets !== '') {
     sources.push(new KubernetesSecrets(registry.kubernetes_secrets, { onProblem }));
   }

@@ -10,14 +10,14 @@ export type Credentials =
 /** A place that credentials come from: Docker's configuration, a helper program, a keychain. */
 export interface CredentialSource {
   /**
-   * Credentials for a repository, undefined when this source has none.
+   * Credentials for a repository, in the order in which they are tried; none when this source has none.
    *
    * Called whenever a token is needed, so a changed password is used without a restart; caching is the source's own.
    *
    * @param host registry host with its port when not the default one: `registry-1.docker.io`, `host:5000`
    * @param repository `team/app`; some sources have different credentials for parts of a registry
    */
-  lookup(host: string, repository: string): Promise<Credentials | undefined>;
+  lookup(host: string, repository: string): Promise<readonly Credentials[]>;
   /**
    * Says that what lookup gave was refused.
    *

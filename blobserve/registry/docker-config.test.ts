@@ -24,7 +24,7 @@ afterEach(async () => {
 const base64 = (text: string) => Buffer.from(text).toString('base64');
 
 async function lookup(host: string): Promise<unknown> {
-  const found = await config.lookup(host);
+  const [found] = await config.lookup(host);
   if (found === undefined) return undefined;
   return 'identityToken' in found ? found.identityToken : [found.username, found.password];
 }

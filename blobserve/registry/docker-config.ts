@@ -69,19 +69,18 @@ export class DockerConfig implements CredentialSource {
       helperTimeoutMs === 0 ? undefined : new CredentialHelpers(helperTimeoutMs, this.#onProblem);
   }
 
-  async lookup(host: string, repository = ''): Promise<Credentials | undefined> {
+  /** What a helper program has, then what is stored, under the most specific key first. */
+  async lookup(host: string, repository = ''): Promise<readonly Credentials[]> {
     await this.#refresh();
     const { auths = {} } = this.#config;
     // As in Docker: where a helper is named, it has the credentials and the file holds an empty entry.
     const helper = this.#helperOf(host, repository);
     const stored = helper === undefined ? undefined : await this.#helpers?.get(helper, serverName(host));
-    if (stored !== undefined) return stored;
-    for (const key of matchingKeys(Object.keys(auths), host, repository)) {
+    const entries = matchingKeys(Object.keys(auths), host, repository).map((key) => {
       const entry = auths[key];
-      const credentials = entry && this.#decode(entry, key);
-      if (credentials) return credentials;
-    }
-    return undefined;
+      return entry && this.#decode(entry, key);
+    });
+    return [stored, ...entries].filter((credentials) => credentials !== undefined);
   }
 
   refused(host: string, repository: string): boolean {

@@ -55,9 +55,7 @@ describe.skipIf(noDockerRegistry !== undefined)(`the real registry ${noDockerReg
       client = new RegistryClient({
         credentials: {
           lookup: async (host) =>
-            htpasswd !== undefined && host === registry.host
-              ? { username: 'me', password: PASSWORD }
-              : undefined,
+            htpasswd !== undefined && host === registry.host ? [{ username: 'me', password: PASSWORD }] : [],
         },
       });
     });
@@ -110,7 +108,7 @@ describe.skipIf(noDockerRegistry !== undefined)(`the real registry ${noDockerReg
     if (htpasswd === undefined) return;
     it('refuses a wrong password and none, and neither is shown', async () => {
       const wrong = new RegistryClient({
-        credentials: { lookup: async () => ({ username: 'me', password: 's3cret' }) },
+        credentials: { lookup: async () => [{ username: 'me', password: 's3cret' }] },
       });
       const anonymous = new RegistryClient();
       for (const [refused, advice] of [

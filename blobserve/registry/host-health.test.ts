@@ -87,6 +87,33 @@ describe('a host', () => {
     await expect(enter(ONE_OF_SEVERAL)).rejects.toMatchObject({ leftMs: 20_000 });
   });
 
+  it('that others stand in for rests no longer for who has no other than for failures of his own', async () => {
+    const { enter, clock } = host();
+    for (const rest of [10_000, 20_000, 40_000]) {
+      (await enter(ONE_OF_SEVERAL)).leave('dead');
+      await expect(enter(ONE_OF_SEVERAL)).rejects.toMatchObject({ leftMs: rest, asked: false });
+      clock.now += rest - (rest === 40_000 ? 35_000 : 0);
+    }
+    // 35 seconds before its end, and 5 after its beginning.
+    await expect(enter(ONE_OF_SEVERAL)).rejects.toMatchObject({ leftMs: 35_000 });
+    (await enter(ONLY_PLACE)).leave('well');
+    (await enter(ONE_OF_SEVERAL)).leave('well');
+  });
+
+  it('that asked to be left alone once is not said to have asked for later rests', async () => {
+    const { health, enter, clock } = host();
+    const pass = await enter();
+    health.rest(1000, 'answered 429');
+    pass.leave('unknown');
+    clock.now += 1000;
+    (await enter()).leave('failed', 'answered 500');
+    await expect(enter()).rejects.toMatchObject({ asked: false, trouble: 'answered 500' });
+    clock.now += 5000;
+    (await enter()).leave('broken');
+    await failTimes(enter, ONLY_PLACE.failures - 1);
+    await expect(enter()).rejects.toMatchObject({ asked: false });
+  });
+
   it('that asks to be left alone is, for a minute at most, also by those who wait in line', async () => {
     const { health, clock, enter } = host(1);
     const pass = await enter();

@@ -99,6 +99,7 @@ export class HostHealth {
   #failures = 0;
   /** How often in a row it was left alone; 0 while it is well. */
   #rests = 0;
+  #restsFrom = 0;
   #restsUntil = 0;
   #asked = false;
   #trouble = '';
@@ -143,13 +144,13 @@ export class HostHealth {
    * @throws the signal's reason when it aborts first
    */
   async enter(tolerance: Tolerance, signal: AbortSignal): Promise<Pass> {
-    this.#checkRest();
+    this.#checkRest(tolerance);
     if (this.#busy >= this.#places) await this.#wait(signal);
     else this.#busy++;
     let trial: boolean;
     try {
       // What was true when the wait began may have changed.
-      trial = this.#checkRest();
+      trial = this.#checkRest(tolerance);
     } catch (error) {
       this.#next();
       throw error;
@@ -169,22 +170,25 @@ export class HostHealth {
   }
 
   /** @throws {RestingError} when the host is left alone */
-  check(): void {
-    this.#checkRest();
+  check(tolerance: Tolerance): void {
+    this.#checkRest(tolerance);
   }
 
   /** The host asked to be left alone for so many milliseconds. */
   rest(ms: number, trouble: string): void {
     this.#trouble = trouble;
     this.#rests = Math.max(this.#rests, 1);
+    this.#restsFrom = this.#now();
     this.#restsUntil = Math.max(this.#restsUntil, this.#now() + Math.min(ms, MAX_ASKED_REST));
     this.#asked = true;
   }
 
   /** Whether whoever enters now is the one who finds out. */
-  #checkRest(): boolean {
+  #checkRest({ maxRestMs }: Tolerance): boolean {
     if (this.#rests === 0) return false;
-    const left = Math.ceil(this.#restsUntil - this.#now());
+    // Those who have other places let it rest for long; who has no other does not wait for that.
+    const until = this.#asked ? this.#restsUntil : Math.min(this.#restsUntil, this.#restsFrom + maxRestMs);
+    const left = Math.ceil(until - this.#now());
     if (left > 0) throw new RestingError(left, this.#asked, this.#trouble);
     if (this.#tried) throw new RestingError(WHILE_TRIED, this.#asked, this.#trouble);
     return true;
@@ -204,13 +208,18 @@ export class HostHealth {
     const counts = { failed: 1, dead: tolerance.deadCounts, broken: tolerance.brokenCounts }[outcome];
     if (counts === 0) {
       // It was tried, and bytes came.
-      if (trial) this.#rests = 0;
+      if (trial) {
+        this.#rests = 0;
+        this.#asked = false;
+      }
       return;
     }
     this.#failures += counts;
     if (this.#rests === 0 && this.#failures < tolerance.failures) return;
     const full = Math.min(tolerance.restMs * 2 ** Math.min(this.#rests, 30), tolerance.maxRestMs);
     this.#rests++;
+    this.#asked = false;
+    this.#restsFrom = this.#now();
     this.#restsUntil = Math.max(this.#restsUntil, this.#now() + full * (0.5 + this.#random() / 2));
   }
 

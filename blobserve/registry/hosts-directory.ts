@@ -48,6 +48,8 @@ interface Loaded {
   version: string;
   checkedAt: number;
   endpoints: readonly Endpoint[];
+  /** Files that hosts.toml names, also those that could not be read: when one changes, all is read again. */
+  files: readonly string[];
 }
 
 const CHECK_EVERY = 1000;
@@ -55,9 +57,6 @@ const MAX_FILE = 1_048_576;
 const MAX_NAMESPACES = 1000;
 /** Most certificate files looked at in a directory. */
 const MAX_CERTIFICATES = 100;
-
-/** Files of each endpoint, to notice when they change. */
-const named = new WeakMap<Endpoint, readonly string[]>();
 
 const ITSELF: readonly Endpoint[] = [toEndpoint(plainHost(), undefined)];
 
@@ -97,18 +96,19 @@ export class HostsDirectory {
     const directory = await this.#find(namespace);
     let version = '';
     let endpoints = ITSELF;
+    let named: readonly string[] = [];
     if (directory !== undefined) {
-      version = await versionOf(directory, known?.endpoints ?? []);
+      version = await versionOf(directory, known?.files ?? []);
       if (known !== undefined && version === known.version) {
         known.checkedAt = checkedAt;
         return known.endpoints;
       }
       const before = await versionOf(directory, []);
-      endpoints = await this.#read(directory, known?.endpoints ?? []);
+      ({ endpoints, named } = await this.#read(directory, known?.endpoints ?? []));
       // With the certificate files that it names, so that a renewed one is noticed. What changed meanwhile is read again.
-      version = (await versionOf(directory, [])) === before ? await versionOf(directory, endpoints) : '';
+      version = (await versionOf(directory, [])) === before ? await versionOf(directory, named) : '';
     }
-    this.#loaded.set(namespace, { version, checkedAt, endpoints });
+    this.#loaded.set(namespace, { version, checkedAt, endpoints, files: named });
     return endpoints;
   }
 
@@ -131,13 +131,16 @@ export class HostsDirectory {
     return undefined;
   }
 
-  async #read(directory: string, before: readonly Endpoint[]): Promise<readonly Endpoint[]> {
+  async #read(
+    directory: string,
+    before: readonly Endpoint[],
+  ): Promise<{ readonly endpoints: readonly Endpoint[]; readonly named: readonly string[] }> {
     const file = path.join(directory, 'hosts.toml');
     const hosts = await this.#describe(file, directory);
     const endpoints: Endpoint[] = [];
     for (const host of hosts) {
       try {
-        const endpoint = toEndpoint(host, await readTls(host), files(host));
+        const endpoint = toEndpoint(host, await readTls(host));
         endpoints.push(before.find((old) => sameEndpoint(old, endpoint)) ?? endpoint);
       } catch (error) {
         const where = host.url?.host ?? 'the registry itself';
@@ -146,7 +149,7 @@ export class HostsDirectory {
         );
       }
     }
-    return endpoints.length > 0 ? endpoints : ITSELF;
+    return { endpoints: endpoints.length > 0 ? endpoints : ITSELF, named: hosts.flatMap(files) };
   }
 
   async #describe(file: string, directory: string): Promise<readonly HostDescription[]> {
@@ -168,20 +171,14 @@ export class HostsDirectory {
   }
 }
 
-function toEndpoint(
-  host: HostDescription,
-  tls: TlsSettings | undefined,
-  filesOfIt: readonly string[] = [],
-): Endpoint {
-  const endpoint: Endpoint = {
+function toEndpoint(host: HostDescription, tls: TlsSettings | undefined): Endpoint {
+  return {
     url: host.url,
     eitherScheme: host.url?.protocol === 'http:' && host.url.port !== '' && tls !== undefined,
     capabilities: host.capabilities,
     headers: host.headers,
     connection: { tls, connectTimeoutMs: host.connectTimeoutMs },
   };
-  named.set(endpoint, filesOfIt);
-  return endpoint;
 }
 
 function sameEndpoint(one: Endpoint, other: Endpoint): boolean {
@@ -205,10 +202,9 @@ function files(host: HostDescription): readonly string[] {
   ];
 }
 
-/** Changes when a file of the directory or one that its endpoints name does. */
-async function versionOf(directory: string, endpoints: readonly Endpoint[]): Promise<string> {
-  const names = [directory, path.join(directory, 'hosts.toml')];
-  for (const endpoint of endpoints) names.push(...(named.get(endpoint) ?? []));
+/** Changes when a file of the directory or one that it names does. */
+async function versionOf(directory: string, named: readonly string[]): Promise<string> {
+  const names = [directory, path.join(directory, 'hosts.toml'), ...named];
   const parts = await Promise.all(
     names.map(async (name) => {
       const status = await stat(name).catch(() => undefined);

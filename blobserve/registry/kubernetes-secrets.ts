@@ -28,8 +28,8 @@ export class KubernetesSecrets implements CredentialSource {
     this.#onProblem = options.onProblem ?? (() => undefined);
   }
 
-  /** The first secret, by name, that has something for the repository. */
-  async lookup(host: string, repository: string): Promise<Credentials | undefined> {
+  /** Of all secrets that have something for the repository, in the order of their names. */
+  async lookup(host: string, repository: string): Promise<readonly Credentials[]> {
     const files = await this.#files();
     const secrets = new Map<string, DockerConfig>();
     for (const file of files) {
@@ -38,11 +38,9 @@ export class KubernetesSecrets implements CredentialSource {
       secrets.set(file, this.#secrets.get(file) ?? new DockerConfig(file, options));
     }
     this.#secrets = secrets;
-    for (const secret of secrets.values()) {
-      const credentials = await secret.lookup(host, repository);
-      if (credentials !== undefined) return credentials;
-    }
-    return undefined;
+    const found: Credentials[] = [];
+    for (const secret of secrets.values()) found.push(...(await secret.lookup(host, repository)));
+    return found;
   }
 
   async #files(): Promise<readonly string[]> {

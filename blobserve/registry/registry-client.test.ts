@@ -192,7 +192,10 @@ describe('tokens', () => {
       response.end(JSON.stringify({ token, expires_in: lifeSeconds, issued_at: 'nonsense' }));
     });
     await client.close();
-    client = open({ now: () => clock, credentials: { lookup: async () => credentials } });
+    client = open({
+      now: () => clock,
+      credentials: { lookup: async () => (credentials === undefined ? [] : [credentials]) },
+    });
   });
 
   afterEach(async () => {
@@ -279,6 +282,57 @@ describe('tokens', () => {
         refresh_token: 'refresh me',
       });
     }
+  });
+
+  it('are asked for where the registry says by now, when their service has moved', async () => {
+    await fetch();
+    clock += 100_000;
+    const moved = await FaultServer.start();
+    moved.failAlways('/token', ({ response }) => {
+      valid.add('s3cret-moved');
+      response.end('{"token":"s3cret-moved"}');
+    });
+    tokens.failAlways('/token', status(404));
+    server.behaveAgain();
+    server.failAlways('/blobs/', ({ request, response, behave }) => {
+      if (request.headers.authorization === 'Bearer s3cret-moved') behave();
+      else {
+        response.writeHead(401, { 'www-authenticate': `Bearer realm="${moved.url}/token"` });
+        response.end();
+      }
+    });
+    tokens.behaveAgain();
+    tokens.failAlways('/token', status(404));
+    expect((await failure(fetch())).message).toContain('answered 404');
+    expect(await fetch()).toEqual(BLOB);
+    expect(moved.count('/token')).toBe(1);
+    await moved.close();
+  });
+
+  it('are asked for with each credential in turn, and with the right one at once from then on', async () => {
+    const given: Credentials[] = ['one', 'two', 'three'].map((password) => ({ username: 'me', password }));
+    given.unshift({ identityToken: 'refused too' });
+    await client.close();
+    client = open({ now: () => clock, credentials: { lookup: async () => given } });
+    tokens.behaveAgain();
+    const right = `Basic ${Buffer.from('me:three').toString('base64')}`;
+    tokens.failAlways('/token', ({ request, response }) => {
+      issued.push(request.headers.authorization ?? 'none');
+      if (request.headers.authorization !== right) response.writeHead(401);
+      else valid.add('s3cret-right');
+      response.end('{"token":"s3cret-right","expires_in":10}');
+    });
+    await fetch();
+    expect(issued).toHaveLength(4);
+    clock += 100_000;
+    await fetch();
+    expect(issued).toHaveLength(5);
+    expect(issued.at(-1)).toBe(right);
+    // What was right is looked for among what there is: it may be gone.
+    given.pop();
+    clock += 100_000;
+    expect((await failure(fetch())).kind).toBe('denied');
+    expect(issued.slice(5)).not.toContain(right);
   });
 
   it.each<[string, Fault, string, string]>([
@@ -457,7 +511,7 @@ describe.skipIf(!existsSync('/usr/bin/openssl'))('https', () => {
   it('may redirect to plain http on this machine, without the password', async () => {
     client = open({
       ca: [cert],
-      credentials: { lookup: async () => ({ username: 'me', password: 's3cret' }) },
+      credentials: { lookup: async () => [{ username: 'me', password: 's3cret' }] },
     });
     secure.fail(
       '/blobs/',
@@ -466,6 +520,26 @@ describe.skipIf(!existsSync('/usr/bin/openssl'))('https', () => {
     );
     expect(await fetch()).toEqual(BLOB);
     expect(server.requests[0]?.headers.authorization).toBeUndefined();
+  });
+});
+
+describe('Basic', () => {
+  it('tries every password in turn, and a refresh token not at all', async () => {
+    const seen: (string | undefined)[] = [];
+    const basic = (password: string) => `Basic ${Buffer.from(`me:${password}`).toString('base64')}`;
+    server.failAlways('/blobs/', ({ request, response, behave }) => {
+      seen.push(request.headers.authorization);
+      if (request.headers.authorization === basic('right')) behave();
+      else response.writeHead(401, { 'www-authenticate': 'Basic realm="x"' }).end();
+    });
+    const given: Credentials[] = [
+      { identityToken: 'refresh' },
+      { username: 'me', password: 'wrong' },
+      { username: 'me', password: 'right' },
+    ];
+    client = open({ credentials: { lookup: async () => given } });
+    expect(await client.fetchBlob(reference(), digest, 1000)).toEqual(BLOB);
+    expect(seen).toEqual([undefined, basic('wrong'), basic('right')]);
   });
 });
 

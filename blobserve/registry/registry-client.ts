@@ -296,6 +296,7 @@ export class RegistryClient {
       this.#requests.fromAny(request(aborts), async (asked) => {
         const response = await this.#requests.openRange(request(aborts), asked);
         response.distrust = () => this.#requests.lack(asked);
+        response.brokeOff = () => this.#requests.forgetLocation(asked);
         return response;
       });
     if (this.#hedging === undefined) return open(signal);

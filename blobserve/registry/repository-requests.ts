@@ -3,8 +3,9 @@
  * only its own credentials. One that does not have an object is not asked for it again for a while.
  */
 import { LRUCache } from 'lru-cache';
-import { Attempt, type Authenticator, type Party } from './authenticator.js';
+import type { Authenticator, Party } from './authenticator.js';
 import { Authorization } from './authorization.js';
+import { Attempt } from './credential-choice.js';
 import { withoutClient } from './dispatchers.js';
 import { ONE_OF_SEVERAL, ONLY_PLACE, RestingError } from './host-health.js';
 import type { Capability } from './hosts-file.js';
@@ -50,8 +51,8 @@ export interface Asked {
 const MAX_ERROR_BODY = 65_536;
 /** How many blobs' final addresses are remembered. */
 const MAX_LOCATIONS = 10_000;
-/** Answers to challenges in one request: a token that was over, and a few credentials. */
-const MAX_CHALLENGES = 8;
+/** Answers to challenges in one request: a token that was over, and credentials in turn. */
+const MAX_CHALLENGES = 16;
 const CONTENT: ReadonlySet<number> = new Set([200, 206]);
 /** How long an endpoint that others stand in for is not asked again for what it did not have, in milliseconds. */
 const LACKS_FOR = 30_000;
@@ -65,8 +66,8 @@ export class RepositoryRequests {
   readonly #locations = new LRUCache<string, { readonly url: URL; readonly until: number }>({
     max: MAX_LOCATIONS,
   });
-  /** Objects that an endpoint did not have or give, and until when that is believed. */
-  readonly #lacks = new LRUCache<string, number>({ max: MAX_LOCATIONS });
+  /** Objects that an endpoint did not have or give. (By the cache's own clock, which nobody sets back.) */
+  readonly #lacks = new LRUCache<string, true>({ max: MAX_LOCATIONS, ttl: LACKS_FOR });
 
   constructor(transport: Transport, authenticator: Authenticator, hosts: HostsDirectory, now: () => number) {
     this.#transport = transport;
@@ -93,7 +94,7 @@ export class RepositoryRequests {
         replaceable: index < endpoints.length - 1,
         key: `${name} ${reference.host}/${reference.repository} ${object}`,
       };
-      if (asked.replaceable && (this.#lacks.get(asked.key) ?? 0) > this.#now()) {
+      if (asked.replaceable && this.#lacks.has(asked.key)) {
         skipped.push(asked);
         continue;
       }
@@ -124,9 +125,15 @@ export class RepositoryRequests {
     });
   }
 
-  /** Asks others first for a while, where there are others. */
+  /** Asks others first for a while, where there are others; and the endpoint itself, not where it redirected to before. */
   lack({ key, replaceable }: Asked): void {
-    if (replaceable) this.#lacks.set(key, this.#now() + LACKS_FOR);
+    if (replaceable) this.#lacks.set(key, true);
+    this.#locations.delete(key);
+  }
+
+  /** Asks the endpoint itself the next time, not where it redirected to before. */
+  forgetLocation({ key }: Asked): void {
+    this.#locations.delete(key);
   }
 
   /**
@@ -168,7 +175,8 @@ export class RepositoryRequests {
       throw about(error, reference, object);
     }
     if (response.status === 200 || response.status === 206) return response;
-    if (response.status !== 416 && response.status !== 429) forget();
+    // Also when it has less than it should (416): the registry may name another place.
+    if (response.status !== 429) forget();
     // An address is good for some time only; how a service says that it is over differs (S3: 400 or 403).
     if ([400, 401, 403, 404, 410].includes(response.status)) {
       await response.body.discard();
@@ -233,7 +241,11 @@ export class RepositoryRequests {
             continue;
           }
         }
-        if (response.status === 400 && base.protocol === 'http:') this.#transport.forgetOrigin(host);
+        // It speaks TLS by now: it says so, or sends us there, where our authorization does not go along.
+        const leadsToTls = response.url.protocol === 'https:' && response.url.hostname === base.hostname;
+        if (base.protocol === 'http:' && (response.status === 400 || leadsToTls)) {
+          this.#transport.forgetOrigin(host);
+        }
         const secrets = Object.values(originHeaders).map((value) => Authorization.header(value));
         if (authorization !== undefined) secrets.unshift(authorization);
         throw this.#statusError(response, body, reference, object, secrets, authorization !== undefined);

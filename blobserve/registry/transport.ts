@@ -98,6 +98,8 @@ export interface RegistryHost extends HostExchanges {
 export class TransportResponse {
   /** Says that what came is not what was asked for, so that another place is asked next, where there is one. */
   distrust: () => void = () => undefined;
+  /** Says that the body broke off, so that where the registry redirects to is found out anew. */
+  brokeOff: () => void = () => undefined;
 
   constructor(
     readonly status: number,
@@ -200,7 +202,7 @@ export class Transport {
     let decision = this.#decided.get(host);
     if (decision === undefined) {
       // Before anything is remembered: a refusal that comes at once would stay as the decision.
-      this.#checkRested(plain);
+      this.#checkRested(plain, way.tolerance ?? ONLY_PLACE);
       // Whoever else waits for it must not see this one's abort.
       decision = this.#decide(secure, plain, { ...way, signal: undefined });
       const asked = decision;
@@ -400,9 +402,9 @@ export class Transport {
   }
 
   /** @throws {RegistryError} when nothing is sent to the host for now */
-  #checkRested(url: URL): void {
+  #checkRested(url: URL, tolerance: Tolerance): void {
     try {
-      this.health(url.origin).check();
+      this.health(url.origin).check(tolerance);
     } catch (error) {
       throw this.#resting(error, url);
     }

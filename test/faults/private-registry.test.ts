@@ -106,7 +106,7 @@ describe.skipIf(missing !== undefined)(`a registry that wants tokens ${missing ?
 
   it('gets the next credentials when the first are refused', async () => {
     const sources = ['wrong-secret', PASSWORD].map((password) => ({
-      lookup: async () => ({ username: 'me', password }),
+      lookup: async () => [{ username: 'me', password }],
     }));
     const client = new RegistryClient({ credentials: sources });
     const before = tokens.refused;
