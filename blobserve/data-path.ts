@@ -40,13 +40,13 @@ export interface LayerPath {
   readonly reader: BlobReader;
   /** Since this process opened the layer; with what was fetched to index it. */
   statistics(): { cachedBytes: number; fetchedBytes: number; requests: number; misses: number };
+  /** The blob may be had from these images too. */
+  alsoFrom(source: Source): void;
   close(): Promise<void>;
 }
 
 type Source = control.LayerSource.$Properties;
 
-  /** The blob may be had from these images too. */
-  alsoFrom(source: Source): void;
 /** Layers whose indexing is remembered until they are opened. */
 const INDEXED_MAX = 1024;
 
@@ -263,6 +263,7 @@ export class LayerPaths {
         requests: (before?.requests ?? 0) + blob.range.traffic.requests,
         misses: blob.cache.statistics.misses,
       }),
+      alsoFrom: (source) => blob.range.alsoFrom(referencesOf(source)),
       close: () => {
         end();
         return guard.close();
@@ -301,4 +302,3 @@ async function checkSuperBlock(reader: BlobReader, digest: string): Promise<void
     throw new LayerRefusedError(`layer ${digest} is an EROFS image that needs ${devices} more devices`);
   }
 }
-      alsoFrom: (source) => blob.range.alsoFrom(referencesOf(source)),

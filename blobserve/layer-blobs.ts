@@ -209,9 +209,6 @@ export class LayerBlobs {
   }
 }
 
-/** @param text `22:00-06:00`, or nothing */
-function dayWindow(text: string): DayWindow | undefined {
-  const [from, to] = text.split('-').map((time) => {
 /**
  * Where the blob of a layer may be had from, in the order to ask in.
  *
@@ -224,6 +221,9 @@ export function referencesOf({
   return [parseReference(imageRef ?? ''), ...(otherImageRefs ?? []).map(parseReference)];
 }
 
+/** @param text `22:00-06:00`, or nothing */
+function dayWindow(text: string): DayWindow | undefined {
+  const [from, to] = text.split('-').map((time) => {
     const [hours = '', minutes = ''] = time.split(':');
     return 60 * Number(hours) + Number(minutes);
   });

@@ -26,8 +26,8 @@ import { isClassic, LayerLookup } from './layer-lookup.js';
 import { LayerServer } from './layer-server.js';
 import { PublishedIndexes } from './published/published-indexes.js';
 import { openRegistryClient } from './open-registry-client.js';
-
 import { PullCredentials } from './registry/pull-credentials.js';
+
 interface CommandLine {
   config?: string;
   root: string;
@@ -165,6 +165,7 @@ async function main(): Promise<void> {
       server,
       hosts: () => client.hosts(),
       describe: (source, platform) => lookup.describe(source, platform),
+      pulls,
       backend: options.attach,
       backendReason: options.attachReason,
       fuseMountPoint,
@@ -174,7 +175,6 @@ async function main(): Promise<void> {
       log,
     }),
   );
-      pulls,
   await rm(layout.controlSocket, { force: true });
   await new Promise<void>((resolve, reject) => {
     controlServer.bindAsync(
