@@ -22,8 +22,8 @@ export const FAULT_POINTS = {
       'mount-recorded',
       'layer-snapshot-committed',
     ],
-    /** A writable snapshot: directory, its place, row, reply. */
-    create: ['snapshot-directory-made', 'snapshot-directory-placed', 'snapshot-committed'],
+    /** A writable snapshot: directory, what is in it, row, reply. */
+    create: ['snapshot-directory-begun', 'snapshot-directory-made', 'snapshot-committed'],
     /** On the way down: snapshot, row, mount, device, directory, row. */
     down: [
       'snapshot-removed',

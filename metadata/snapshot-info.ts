@@ -34,6 +34,7 @@ export interface SnapshotNode {
   readonly id: number;
   readonly kind: SnapshotKind;
   readonly layerId: number | null;
+  readonly labels: Labels;
   /** Nearest first. */
   readonly parents: readonly SnapshotParent[];
 }

@@ -47,8 +47,8 @@ describe('create', () => {
     const middle = snapshots.createLayerSnapshot('middle', 'bottom', {}, layer.id);
     expect(middle.parents).toEqual([{ id: bottom, name: 'bottom', layerId: null }]);
     const parents = [{ id: middle.id, name: 'middle', layerId: layer.id }, ...middle.parents];
-    const top = snapshots.create('view', 'top', 'middle', {});
-    expect(top).toEqual({ id: middle.id + 1, kind: 'view', layerId: null, parents });
+    const top = snapshots.create('view', 'top', 'middle', { a: 'b' });
+    expect(top).toEqual({ id: middle.id + 1, kind: 'view', layerId: null, labels: { a: 'b' }, parents });
     expect(snapshots.get('top')).toEqual(top);
     expect(snapshots.get('middle')).toEqual({ ...middle, layerId: layer.id });
   });
@@ -296,7 +296,7 @@ describe('update', () => {
     expect(Object.entries(info.labels).sort()).toEqual(Object.entries(expected).sort());
     expect(info).toEqual(snapshots.stat('a'));
     expect(info).toMatchObject({ kind: 'active', parent: 'base' });
-    expect(snapshots.get('a')).toEqual(before);
+    expect(snapshots.get('a')).toEqual({ ...before, labels: info.labels });
   });
 
   it('refuses other fields, changing nothing', () => {

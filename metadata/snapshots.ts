@@ -45,6 +45,7 @@ interface NodeRow {
   kind: SnapshotKind;
   parent_id: number | null;
   layer_id: number | null;
+  labels: string;
   usage_size: number;
   usage_inodes: number;
 }
@@ -78,7 +79,7 @@ export class SnapshotStore {
   constructor(database: MetadataDatabase) {
     this.#database = database;
     this.#node = database.prepare(
-      'SELECT id, kind, parent_id, layer_id, usage_size, usage_inodes FROM snapshots WHERE name = ?',
+      'SELECT id, kind, parent_id, layer_id, labels, usage_size, usage_inodes FROM snapshots WHERE name = ?',
     );
     this.#parents = database.prepare(`
       WITH RECURSIVE chain (id, depth) AS (
@@ -180,7 +181,13 @@ export class SnapshotStore {
     const what = `get snapshot ${quoted(key)}`;
     return this.#database.read(what, () => {
       const row = this.#nodeRow(what, key);
-      return { id: row.id, kind: row.kind, layerId: row.layer_id, parents: this.#chain(what, row.parent_id) };
+      return {
+        id: row.id,
+        kind: row.kind,
+        layerId: row.layer_id,
+        labels: parseLabels(row.labels),
+        parents: this.#chain(what, row.parent_id),
+      };
     });
   }
 
@@ -202,7 +209,7 @@ export class SnapshotStore {
     return this.#database.write(what, () => {
       const parentId = this.#parentId(what, parent);
       const id = this.#insertRow(what, key, kind, parentId, null, labels);
-      const node = { id, kind, layerId: null, parents: this.#chain(what, parentId) };
+      const node = { id, kind, layerId: null, labels, parents: this.#chain(what, parentId) };
       beforeCommit?.(id);
       return node;
     });
@@ -256,7 +263,7 @@ export class SnapshotStore {
     return this.#database.write(what, () => {
       const parentId = this.#parentId(what, parent);
       const id = this.#insertRow(what, name, 'committed', parentId, layerId, labels);
-      return { id, kind: 'committed' as const, layerId, parents: this.#chain(what, parentId) };
+      return { id, kind: 'committed' as const, layerId, labels, parents: this.#chain(what, parentId) };
     });
   }
 

@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest';
-import { snapshotMounts } from './overlay.js';
+import { snapshotMounts, type OverlayInput } from './overlay.js';
 
 const directory = '/r/snapshots/7';
 
@@ -50,5 +50,21 @@ describe('the mounts of a snapshot', () => {
   it('of a view of several parents are an overlay without an upper', () => {
     const [mount] = snapshotMounts({ kind: 'view', directory, lower: ['/a', '/b'], options: ['index=off'] });
     expect(mount?.options).toEqual(['index=off', 'lowerdir=/a:/b']);
+  });
+
+  it('of a container in a user namespace name it, where there is anything below to be seen as its users', () => {
+    const mapping = { uids: '0:1000:10', gids: '0:2000:10', rootUid: 1000, rootGid: 2000 };
+    const options = (input: Pick<OverlayInput, 'kind' | 'lower'>): readonly string[] | undefined =>
+      snapshotMounts({ ...input, directory, options: ['index=off'], mapping })[0]?.options;
+    const mapped = ['uidmap=0:1000:10', 'gidmap=0:2000:10'];
+    expect(options({ kind: 'active', lower: ['/a'] })).toEqual([
+      ...mapped,
+      'index=off',
+      'workdir=/r/snapshots/7/work',
+      'upperdir=/r/snapshots/7/fs',
+      'lowerdir=/a',
+    ]);
+    expect(options({ kind: 'view', lower: ['/a'] })).toEqual([...mapped, 'ro', 'rbind']);
+    expect(options({ kind: 'active', lower: [] })).toEqual(['rw', 'rbind']);
   });
 });

@@ -6,6 +6,7 @@
  */
 import { access } from 'node:fs/promises';
 import type { types } from '../proto/messages.js';
+import type { IdMapping } from './id-mapping.js';
 
 export type Mount = Pick<types.Mount, 'type' | 'source' | 'target' | 'options'>;
 
@@ -17,10 +18,12 @@ export interface OverlayInput {
   readonly lower: readonly string[];
   /** Options for every overlay mount, before the directories. */
   readonly options: readonly string[];
+  /** Users that the files below are to be seen as; undefined: as they are. The snapshot's own belong to them already. */
+  readonly mapping?: IdMapping;
 }
 
 /** The mounts of an active snapshot or a view. */
-export function snapshotMounts({ kind, directory, options, lower: parents }: OverlayInput): Mount[] {
+export function snapshotMounts({ kind, directory, options, lower: parents, mapping }: OverlayInput): Mount[] {
   // Overlay refuses a directory given twice (ELOOP), and images may repeat a layer. The topmost decides: whatever the same
   // layer would show further down, it shows on top already.
   const lower = [...new Set(parents)];
@@ -28,9 +31,10 @@ export function snapshotMounts({ kind, directory, options, lower: parents }: Ove
   if (lower.length === 0) {
     return [{ type: 'bind', source: `${directory}/fs`, target: '', options: [access, 'rbind'] }];
   }
+  const mapped = mapping === undefined ? [] : [`uidmap=${mapping.uids}`, `gidmap=${mapping.gids}`];
   const [nearest] = lower;
   if (kind === 'view' && lower.length === 1 && nearest !== undefined) {
-    return [{ type: 'bind', source: nearest, target: '', options: ['ro', 'rbind'] }];
+    return [{ type: 'bind', source: nearest, target: '', options: [...mapped, 'ro', 'rbind'] }];
   }
   const own = kind === 'active' ? [`workdir=${directory}/work`, `upperdir=${directory}/fs`] : [];
   return [
@@ -38,7 +42,7 @@ export function snapshotMounts({ kind, directory, options, lower: parents }: Ove
       type: 'overlay',
       source: 'overlay',
       target: '',
-      options: [...options, ...own, `lowerdir=${lower.join(':')}`],
+      options: [...mapped, ...options, ...own, `lowerdir=${lower.join(':')}`],
     },
   ];
 }

@@ -3,18 +3,19 @@
  * database's (metadata/); the methods stand in the order of the interface.
  */
 import { createHash, randomUUID } from 'node:crypto';
-import { renameSync } from 'node:fs';
-import { chmod, mkdir, readdir, rename, rm } from 'node:fs/promises';
+import { chownSync, lstatSync, mkdirSync } from 'node:fs';
+import { mkdir, readdir, rename, rm } from 'node:fs/promises';
 import path from 'node:path';
 import { status } from '@grpc/grpc-js';
 import { faultPoint } from '../daemon/fault-point.js';
 import type { Layout } from '../daemon/layout.js';
 import type { Logger } from '../daemon/log.js';
-import { MetadataError } from '../metadata/errors.js';
+import { MetadataError, translateFileError } from '../metadata/errors.js';
 import type { LayerStore } from '../metadata/layers.js';
 import type { SnapshotInfo, SnapshotNode, SnapshotStore } from '../metadata/snapshots.js';
 import { CallError } from '../proto/unary-call.js';
 import { diskUsage, type Usage } from './disk-usage.js';
+import { idMapping, type IdMapping } from './id-mapping.js';
 import { layerUsage } from './layer-usage.js';
 import type { LayerAttachments } from './layer-attachments.js';
 import { KeyedLock } from './keyed-lock.js';
@@ -36,7 +37,11 @@ export interface SnapshotterOptions {
 }
 
 const REMOVED = 'removed-';
-const NEW = 'new-';
+
+/** Milliseconds without a Remove after which what they have left is deleted; a garbage collection makes many in a row. */
+const DELETE_AFTER = 100;
+/** Directories that wait at most. */
+const DELETE_BACKLOG = 1000;
 
 export class Snapshotter {
   readonly #options: SnapshotterOptions;
@@ -44,10 +49,11 @@ export class Snapshotter {
   readonly #attachments: LayerAttachments;
   readonly #log: Logger;
   readonly #chainLocks = new KeyedLock();
-  /** Directories of calls under way, which are nobody's orphans yet. */
-  readonly #creating = new Set<string>();
   /** Work that goes on after its call was answered: directories being deleted, layers being freed. */
   readonly #background = new Set<Promise<void>>();
+  /** Directories of removed snapshots, still to be deleted. After a crash they are found, being without rows. */
+  readonly #removed: string[] = [];
+  #deletion: NodeJS.Timeout | undefined;
 
   constructor(options: SnapshotterOptions) {
     this.#options = options;
@@ -120,7 +126,7 @@ export class Snapshotter {
   remove(key: string): void {
     const { id, releasedLayerId } = this.#snapshots.remove(key);
     faultPoint('snapshot-removed');
-    this.#inBackground(this.#deleteDirectory(id), `deleting snapshot ${id}`);
+    this.#deleteLater(this.#directory(id));
     if (releasedLayerId !== undefined) {
       this.#inBackground(this.#attachments.release(releasedLayerId), `freeing layer ${releasedLayerId}`);
     }
@@ -139,6 +145,7 @@ export class Snapshotter {
 
   /** Resolves when the work of calls already answered is done. */
   async settled(): Promise<void> {
+    this.#deleteRemoved();
     while (this.#background.size > 0) await Promise.all(this.#background);
   }
 
@@ -158,26 +165,27 @@ export class Snapshotter {
   }
 
   async #create(kind: 'active' | 'view', key: string, parent: string, labels: Labels): Promise<Mount[]> {
-    const name = `${NEW}${randomUUID()}`;
-    const temporary = path.join(this.#options.layout.snapshots, name);
+    const mapping = idMapping(labels);
+    let made: string | undefined;
     let node: SnapshotNode;
-    this.#creating.add(name);
     try {
-      await mkdir(path.join(temporary, 'fs'), { recursive: true, mode: 0o755 });
-      if (kind === 'active') await mkdir(path.join(temporary, 'work'), { mode: 0o711 });
-      await chmod(temporary, 0o700);
-      faultPoint('snapshot-directory-made');
       // Inside the transaction: a row never lacks its directory, whenever this process dies.
       node = this.#snapshots.create(kind, key, parent, labels, (id) => {
-        renameSync(temporary, this.#directory(id));
-        faultPoint('snapshot-directory-placed');
+        // Synchronously, unlike all else: these calls take microseconds on the disk that the transaction is written to
+        // next, the way through libuv's threads and back ten times as long, and no read waits for this process.
+        const directory = this.#directory(id);
+        mkdirSync(directory, { mode: 0o700 });
+        made = directory;
+        faultPoint('snapshot-directory-begun');
+        mkdirSync(path.join(directory, 'fs'), { mode: 0o755 });
+        if (kind === 'active') mkdirSync(path.join(directory, 'work'), { mode: 0o711 });
+        if (mapping !== undefined) chownSync(path.join(directory, 'fs'), mapping.rootUid, mapping.rootGid);
+        faultPoint('snapshot-directory-made');
       });
       faultPoint('snapshot-committed');
     } catch (error) {
-      await rm(temporary, { recursive: true, force: true });
-      throw error;
-    } finally {
-      this.#creating.delete(name);
+      if (made !== undefined) await rm(made, { recursive: true, force: true });
+      throw translateFileError(error, this.#options.layout.root);
     }
     try {
       return await this.#mounts(node);
@@ -215,6 +223,7 @@ export class Snapshotter {
   async #mounts(node: SnapshotNode): Promise<Mount[]> {
     const layerIds = node.parents.flatMap(({ layerId }) => (layerId === null ? [] : [layerId]));
     await Promise.all(layerIds.map((layerId) => this.#attachments.ensure(layerId)));
+    const mapping = idMapping(node.labels);
     return snapshotMounts({
       kind: node.kind === 'view' ? 'view' : 'active',
       directory: this.#directory(node.id),
@@ -222,7 +231,18 @@ export class Snapshotter {
         layerId === null ? path.join(this.#directory(id), 'fs') : this.#attachments.directory(layerId),
       ),
       options: this.#options.overlayOptions,
+      ...(mapping !== undefined && !this.#isMapped(node, mapping) && { mapping }),
     });
+  }
+
+  /**
+   * Whether the files below have been given to the users of the mapping, as clients do where containerd does not know the
+   * capability `remap-ids`. The root directory tells; were root itself again, it would not.
+   */
+  #isMapped({ parents: [nearest] }: SnapshotNode, { rootUid, rootGid }: IdMapping): boolean {
+    if (nearest === undefined || nearest.layerId !== null || (rootUid === 0 && rootGid === 0)) return false;
+    const { uid, gid } = lstatSync(path.join(this.#directory(nearest.id), 'fs'));
+    return uid === rootUid && gid === rootGid;
   }
 
   #directory(id: number): string {
@@ -238,15 +258,23 @@ export class Snapshotter {
     this.#background.add(tracked);
   }
 
-  async #deleteDirectory(id: number): Promise<void> {
-    await this.#deleteDirectories(await this.#setAside([this.#directory(id)]));
+  #deleteLater(directory: string): void {
+    this.#removed.push(directory);
+    if (this.#removed.length >= DELETE_BACKLOG) this.#deleteRemoved();
+    this.#deletion ??= setTimeout(() => this.#deleteRemoved(), DELETE_AFTER).unref();
+    this.#deletion.refresh();
+  }
+
+  #deleteRemoved(): void {
+    const directories = this.#removed.splice(0);
+    if (directories.length === 0) return;
+    this.#inBackground(this.#deleteDirectories(directories), `deleting ${directories.length} snapshots`);
   }
 
   async #orphanDirectories(): Promise<string[]> {
     const { snapshots } = this.#options.layout;
     const orphans = [];
     for (const name of await readdir(snapshots)) {
-      if (this.#creating.has(name)) continue;
       if (/^\d+$/.test(name) && this.#snapshots.exists(Number(name))) continue;
       orphans.push(path.join(snapshots, name));
     }
@@ -262,7 +290,7 @@ export class Snapshotter {
         await rename(directory, target);
         aside.push(target);
       } catch (error) {
-        // Gone already; or a layer's snapshot, which has no directory of its own.
+        // Gone already.
         if ((error as NodeJS.ErrnoException).code !== 'ENOENT') throw error;
       }
     }
