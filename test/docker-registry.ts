@@ -5,10 +5,12 @@
 import { spawn, type ChildProcess } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { existsSync } from 'node:fs';
-import { mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
 import { createServer, type AddressInfo } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { blobPath } from './image/layer-blob.js';
+import type { Image } from './image/oci-layout.js';
 
 const BINARY = '/usr/bin/docker-registry';
 
@@ -81,14 +83,24 @@ export class DockerRegistry {
     return digest;
   }
 
-  /** Uploads a manifest under a tag; returns its digest and its size in bytes. */
+  /** Uploads an image under a tag; returns the reference to pull it by. */
+  async pushImage(repository: string, tag: string, image: Image): Promise<string> {
+    for (const { digest } of [...image.layers, image.config]) {
+      await this.pushBlob(repository, await readFile(blobPath(image.layout, digest)));
+    }
+    const { digest, mediaType } = image.manifest;
+    await this.pushManifest(repository, tag, mediaType, await readFile(blobPath(image.layout, digest)));
+    return `${this.host}/${repository}:${tag}`;
+  }
+
+  /** Uploads a manifest, an object or its bytes, under a tag; returns its digest and its size in bytes. */
   async pushManifest(
     repository: string,
     tag: string,
     type: string,
     manifest: unknown,
   ): Promise<{ digest: string; size: number }> {
-    const body = Buffer.from(JSON.stringify(manifest));
+    const body = Buffer.isBuffer(manifest) ? manifest : Buffer.from(JSON.stringify(manifest));
     await this.#send('PUT', `http://${this.host}/v2/${repository}/manifests/${tag}`, body, type);
     return { digest: `sha256:${createHash('sha256').update(body).digest('hex')}`, size: body.length };
   }

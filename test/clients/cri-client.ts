@@ -7,12 +7,29 @@ import { patience } from '../patience.js';
 
 const { root } = protobuf.parse(`syntax = "proto3"; package runtime.v1;
 message ImageSpec { string image = 1; }
-message PullImageRequest { ImageSpec image = 1; }
+message AuthConfig { string username = 1; string password = 2; string identity_token = 5; }
+message PullImageRequest { ImageSpec image = 1; AuthConfig auth = 2; }
 message PullImageResponse { string image_ref = 1; }
 message RemoveImageRequest { ImageSpec image = 1; }
-message RemoveImageResponse {}`);
+message RemoveImageResponse {}
+message ListImagesRequest {}
+message Image { string id = 1; repeated string repo_tags = 2; }
+message ListImagesResponse { repeated Image images = 1; }
+message ImageStatusRequest { ImageSpec image = 1; }
+message ImageStatusResponse { Image image = 1; }
+message ImageFsInfoRequest {}
+message UInt64Value { uint64 value = 1; }
+message FilesystemIdentifier { string mountpoint = 1; }
+message FilesystemUsage { FilesystemIdentifier fs_id = 2; UInt64Value used_bytes = 3; }
+message ImageFsInfoResponse { repeated FilesystemUsage image_filesystems = 1; }`);
 
-/** @param address containerd's socket */
+/** As the kubelet has them from a pod's secrets. */
+export interface PullAuth {
+  readonly username: string;
+  readonly password: string;
+}
+
+/** @param address containerd's socket, or one that passes calls on to it */
 export class CriClient {
   readonly #client: grpc.Client;
 
@@ -20,8 +37,20 @@ export class CriClient {
     this.#client = new grpc.Client(`unix:${address}`, grpc.credentials.createInsecure());
   }
 
-  pull(image: string): Promise<unknown> {
-    return this.#call('PullImage', { image: { image } });
+  pull(image: string, auth?: PullAuth): Promise<unknown> {
+    return this.#call('PullImage', { image: { image }, ...(auth && { auth }) });
+  }
+
+  list(): Promise<unknown> {
+    return this.#call('ListImages', {});
+  }
+
+  status(image: string): Promise<unknown> {
+    return this.#call('ImageStatus', { image: { image } });
+  }
+
+  fileSystems(): Promise<unknown> {
+    return this.#call('ImageFsInfo', {});
   }
 
   remove(image: string): Promise<unknown> {

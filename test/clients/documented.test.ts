@@ -1,15 +1,13 @@
 /**
  * The configurations of docs/clients, as a user would paste them: pulls by the kubelet's interface and by commands.
  */
-import { readFile } from 'node:fs/promises';
-import path from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { checkout, type ContainerdSuite } from '../debian/packages.js';
-import { architecture, type Image } from '../image/oci-layout.js';
+import type { ContainerdSuite } from '../debian/packages.js';
+import type { Image } from '../image/oci-layout.js';
 import { buildTinyImage, TINY_GREETING } from '../image/tiny-image.js';
-import type { ProxyPlugin } from '../stack/containerd.js';
 import { missingForSystemTests } from '../system/requirements.js';
 import { CriClient } from './cri-client.js';
+import { documented } from './documentation.js';
 import { ClientNode, VERSIONS } from './node.js';
 
 const missing = await missingForSystemTests();
@@ -18,18 +16,6 @@ const test = (name: string, body: () => Promise<void>): void =>
     if (missing !== undefined) return context.skip(missing);
     await body();
   });
-
-/** The first block of TOML of a page, with the paths of a private node. */
-async function documented(page: string): Promise<(plugin: ProxyPlugin) => string> {
-  const text = await readFile(path.join(checkout, 'docs', 'clients', page), 'utf8');
-  const [, block = ''] = /^```toml\n([\s\S]*?)^```$/m.exec(text) ?? [];
-  expect(block).toContain('/run/erofs-nbd/snapshotter.sock');
-  return ({ address, root }) =>
-    block
-      .replaceAll('/run/erofs-nbd/snapshotter.sock', address)
-      .replaceAll('/var/lib/erofs-nbd', root)
-      .replaceAll('linux/amd64', `linux/${architecture()}`);
-}
 
 const PAGES = { bookworm: 'containerd-1.md', trixie: 'containerd-1.md', sid: 'containerd-2.md' } as const;
 
