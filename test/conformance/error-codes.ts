@@ -93,6 +93,14 @@ const REFUSALS: readonly Refusal[] = [
   { name: 'mounts of a committed', call: (c) => c.mounts('base'), code: FAILED_PRECONDITION },
   { name: 'usage of an unknown key', call: (c) => c.usage('nowhere'), code: NOT_FOUND },
   {
+    name: 'update of the empty key',
+    call: (c) => c.update({ name: '' }, ['labels']),
+    code: NOT_FOUND,
+  },
+  { name: 'mounts of the empty key', call: (c) => c.mounts(''), code: NOT_FOUND },
+  { name: 'usage of the empty key', call: (c) => c.usage(''), code: NOT_FOUND },
+  { name: 'commit of the empty key', call: (c) => c.commit('new', ''), code: NOT_FOUND },
+  {
     name: 'update of an unknown key',
     call: (c) => c.update({ name: 'nowhere' }, ['labels']),
     code: NOT_FOUND,
@@ -101,6 +109,11 @@ const REFUSALS: readonly Refusal[] = [
     name: `update of the field ${JSON.stringify(field)}`,
     call: (c) => c.update({ name: 'child', parent: 'active', labels: { x: 'y' } }, [field]),
     code: INVALID_ARGUMENT,
+  })),
+  ...['parent', 'kind'].map((field): Refusal => ({
+    name: `update of the field ${field} of an unknown key`,
+    call: (c) => c.update({ name: 'nowhere' }, [field]),
+    code: NOT_FOUND,
   })),
   {
     name: 'update of labels together with another field',
@@ -134,7 +147,8 @@ export interface RefusalResult {
   readonly why: string | undefined;
 }
 
-async function codeOf(call: Promise<unknown>): Promise<status> {
+/** @returns `OK` for a call that was answered */
+export async function codeOf(call: Promise<unknown>): Promise<status> {
   try {
     await call;
     return status.OK;
@@ -147,7 +161,7 @@ async function codeOf(call: Promise<unknown>): Promise<status> {
 }
 
 /** What a snapshotter holds, without the times at which it came to. */
-async function contents(client: SnapshotsClient): Promise<string> {
+export async function contents(client: SnapshotsClient): Promise<string> {
   const infos = await client.list();
   const facts = infos.map(({ name, parent, kind, labels }) => [name, parent, kind, labels]);
   return JSON.stringify(facts.sort());

@@ -8,8 +8,10 @@ import { removeAbandonedStacks } from '../stack/abandoned.js';
 import { startDaemon } from '../stack/daemon-process.js';
 import { grpcAnswers } from '../stack/socket.js';
 import { Stack } from '../stack/stack.js';
+import { backendOf } from '../system/requirements.js';
 import { compareRefusals, type RefusalResult } from './error-codes.js';
 import { buildGoPrograms } from './go-programs.js';
+import { compareOddKeys } from './odd-keys.js';
 import { runSuite, type Candidate, type TestResult } from './suite-run.js';
 
 /** Of the name of the private directory. */
@@ -45,7 +47,7 @@ function printSuite(ours: Results, overlayfs: Results): string[] {
 
 function printRefusals(results: readonly RefusalResult[]): void {
   const width = Math.max(...results.map(({ name }) => name.length));
-  console.log(`\n${'call that must be refused'.padEnd(width)}  ${'ours'.padEnd(21)}overlayfs`);
+  console.log(`\n${'calls with wrong or odd arguments'.padEnd(width)}  ${'ours'.padEnd(21)}overlayfs`);
   for (const { name, ours, overlayfs, trouble, why } of results) {
     const note = trouble !== undefined ? `   <-- FAILED: ${trouble}` : why !== undefined ? `   (${why})` : '';
     console.log(`${name.padEnd(width)}  ${ours.padEnd(21)}${overlayfs}${note}`);
@@ -102,7 +104,8 @@ try {
       console.log('which overlay mounts refuse with EXDEV unless redirect_dir is on.');
     }
 
-    const refusals = await compareRefusals({ ours: ours.socket, overlayfs: reference.socket });
+    const sockets = { ours: ours.socket, overlayfs: reference.socket };
+    const refusals = [...(await compareRefusals(sockets)), ...(await compareOddKeys(sockets))];
     printRefusals(refusals);
     const wrongCodes = refusals.filter(({ trouble }) => trouble !== undefined).length;
 
@@ -118,6 +121,7 @@ try {
       error_codes: refusals.length,
       error_codes_wrong: wrongCodes,
       containerd: programs.containerdVersion,
+      attach: (await backendOf(snapshotter)) ?? 'none',
     };
   } finally {
     await daemon.stop();
