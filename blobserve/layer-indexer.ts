@@ -18,6 +18,7 @@ import {
   type LayerIndexRecord,
 } from './layer/index/layer-index.js';
 import type { ResumeDistance } from './layer/gzip/indexer.js';
+import { sweepLeftovers } from './layer/index/leftovers.js';
 import { type LayerScanOptions, scanThreadLimits } from './layer/index/layer-scan.js';
 import type { ScanReply, ScanRequest } from './layer/index/scan-thread.js';
 import { counted } from './metrics.js';
@@ -30,6 +31,8 @@ const HASH_PIECE = 128 * 1024;
 /** Pieces that may be on their way to the thread: the memory bound of one layer's indexing. */
 const CHUNKS_AHEAD = 4;
 const DEFAULT_MAX_ENTRIES = 1_000_000;
+/** Below the directory: indexes that are made to hold published ones against. */
+const CONFIRM = 'confirm';
 
 /** A layer that cannot be indexed, since its bytes are not a tar (in gzip) that we understand. */
 export class NotIndexableError extends Error {
@@ -80,6 +83,7 @@ export class LayerIndexer {
   readonly #limit: LimitFunction;
   /** By digest. */
   readonly #underWay = new Map<string, UnderWay>();
+  #sweeping: Promise<void> | undefined;
 
   constructor(options: LayerIndexerOptions) {
     this.#options = options;
@@ -109,7 +113,32 @@ export class LayerIndexer {
     return record;
   }
 
+  /**
+   * Removes what interrupted indexings left and nobody went on with.
+   *
+   * @param keepMs milliseconds since it was written last; at least an hour
+   * @throws the error of the system call that failed
+   */
+  async sweep(keepMs: number): Promise<void> {
+    const { directory, log } = this.#options;
+    this.#sweeping ??= (async () => {
+      try {
+        for (const folder of [directory, path.join(directory, CONFIRM)]) {
+          const underWay = (digest: string): boolean => this.#underWay.has(digest);
+          const files = await sweepLeftovers(folder, { keepMs, underWay });
+          if (files.length > 0)
+            log.info({ directory: folder, files }, 'removed what interrupted indexings left');
+        }
+      } finally {
+        this.#sweeping = undefined;
+      }
+    })();
+    await this.#sweeping;
+  }
+
   async #ensure(request: IndexRequest): Promise<LayerIndexRecord> {
+    // Whatever it has begun to remove.
+    await this.#sweeping?.catch(() => undefined);
     const files = this.files(request.digest);
     try {
       const record = await readIndexRecord(files, request);
@@ -145,7 +174,7 @@ export class LayerIndexer {
     const { digest } = request;
     const { origin, ...record } = published;
     if (origin === undefined) return;
-    const own = indexFiles(path.join(this.#options.directory, 'confirm'), digest);
+    const own = indexFiles(path.join(this.#options.directory, CONFIRM), digest);
     await this.#limit(async () => {
       const blob = await request.open();
       try {

@@ -1,7 +1,7 @@
 /** The indexer of layers with its real thread, which is started from the build. */
 import { createHash } from 'node:crypto';
 import { existsSync } from 'node:fs';
-import { mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
+import { mkdtemp, readdir, readFile, rm, utimes, writeFile } from 'node:fs/promises';
 import os from 'node:os';
 import path from 'node:path';
 import { gzipSync } from 'node:zlib';
@@ -194,6 +194,25 @@ describe.skipIf(!existsSync(scanProgram))('the layer indexer', () => {
       expect(await readFile(files.checkpoints)).toEqual(checkpoints);
       expect(await kept()).toHaveLength(3);
       expect(warnings).toEqual([]);
+    });
+
+    it('is swept when nobody goes on with it for long, and not before', async () => {
+      let broken = true;
+      const { request } = requestFor(blob, {}, (offset) => {
+        if (broken && offset > blob.length * 0.75) throw failure;
+      });
+      await expect(resuming.ensure(request)).rejects.toBe(failure);
+      const left = await kept();
+      expect(left.map((name) => path.extname(name)).sort()).toEqual(['.partial', '.resume']);
+      await resuming.sweep(3_600_000);
+      expect(await kept()).toEqual(left);
+      const { journal, checkpoints } = resuming.files(request.digest);
+      const longAgo = Date.now() / 1000 - 7200;
+      for (const file of [journal, `${checkpoints}.partial`]) await utimes(file, longAgo, longAgo);
+      await resuming.sweep(3_600_000);
+      expect(await kept()).toEqual([]);
+      broken = false;
+      expect(await resuming.ensure(request)).toMatchObject({ digest: sha256(blob) });
     });
 
     it('starts anew when what it went on from was of another blob, and does not blame the layer', async () => {
