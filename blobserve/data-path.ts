@@ -6,6 +6,9 @@
  *                    file(tarindex) ┴→ concat       → readahead → guard → device
  *     tar layer      the same without gunzip
  *
+ * Between concat and readahead of a tar.gz layer is a switch: to one file with all of the device's bytes, once there is one
+ * (materialised-layers.ts).
+ *
  * A blob is registry-range → retry → cache (layer-blobs.ts).
  */
 import { LRUCache } from 'lru-cache';
@@ -18,6 +21,7 @@ import { ErofsFormatError, parseSuperBlock, SUPER_BLOCK_READ } from './layer/ero
 import { CheckpointError } from './layer/gzip/gzip-error.js';
 import { ZwinIndex } from './layer/gzip/zwin.js';
 import type { LayerIndexFiles, LayerIndexRecord } from './layer/index/layer-index.js';
+import type { MaterialisedLayers } from './materialised-layers.js';
 import type { PublishedIndexes } from './published/published-indexes.js';
 import { type BlobReader, ReadError } from './readers/blob-reader.js';
 import { ConcatReader } from './readers/concat.js';
@@ -27,6 +31,7 @@ import { GuardReader } from './readers/guard.js';
 import { InflatedCache } from './readers/inflated-cache.js';
 import { ReadaheadReader } from './readers/readahead.js';
 import type { RegistryRangeReader } from './readers/registry-range.js';
+import { SwitchReader } from './readers/switch.js';
 import { ZerosReader } from './readers/zeros.js';
 import { abortable } from './registry/transport.js';
 
@@ -58,6 +63,7 @@ export interface LayerPathsOptions {
   readonly blobs: LayerBlobs;
   readonly indexer: LayerIndexer;
   readonly published: PublishedIndexes;
+  readonly materialised: Pick<MaterialisedLayers, 'add'>;
   readonly log: Logger;
 }
 
@@ -109,7 +115,11 @@ export class LayerPaths {
     };
   }
 
-  /** An index that others have published is believed until the layer is here as a whole, and then it is looked at. */
+  /**
+   * An index that others have published is believed until the layer is here as a whole, and then it is looked at.
+   *
+   * @returns whether it was found right
+   */
   async #confirmWhenComplete(
     source: Source,
     record: LayerIndexRecord,
@@ -117,16 +127,18 @@ export class LayerPaths {
     { cache, log }: LayerBlob,
     guard: GuardReader,
     signal: AbortSignal,
-  ): Promise<void> {
+  ): Promise<boolean> {
     try {
       await abortable(cache.whenComplete(), signal);
       await this.#options.indexer.confirm(this.#indexRequest(source), record, tar);
+      return true;
     } catch (error) {
-      if (signal.aborted) return;
+      if (signal.aborted) return false;
       if (error instanceof ReadError && error.kind === 'corrupt') {
         log.error({ err: error }, 'a published index is refused');
         guard.refuse(error);
       } else log.warn({ err: error }, 'a published index could not be confirmed; the next start tries again');
+      return false;
     }
   }
 
@@ -230,14 +242,22 @@ export class LayerPaths {
       const padding = record.deviceSize - record.tarindexSize - record.tarSize;
       const parts = [tarindex, tar, ...(padding > 0 ? [new ZerosReader(padding)] : [])];
       const before = indexing ?? { requests: 0, bytes: 0 };
-      const path = this.#path(blob, new ConcatReader(name, parts), before);
-      if (record.origin === undefined) return path;
+      const device = new SwitchReader(name, new ConcatReader(name, parts));
+      const path = this.#path(blob, device, before);
       const ended = new AbortController();
-      void this.#confirmWhenComplete(source, record, tar, blob, path.guard, ended.signal);
+      const confirmed =
+        record.origin === undefined
+          ? Promise.resolve(true)
+          : this.#confirmWhenComplete(source, record, tar, blob, path.guard, ended.signal);
+      const forget =
+        record.compression === 'gzip'
+          ? this.#materialise(record, files, device, blob, confirmed)
+          : () => undefined;
       return {
         ...path,
         close: () => {
           ended.abort();
+          forget();
           return path.close();
         },
       };
@@ -245,6 +265,27 @@ export class LayerPaths {
       for (const one of opened) await one.close();
       throw error;
     }
+  }
+
+  /** Has the layer served from a file some day. @param confirmed whether its index can be relied upon, some day too */
+  #materialise(
+    record: LayerIndexRecord,
+    { tarindex }: LayerIndexFiles,
+    device: SwitchReader,
+    { cache }: LayerBlob,
+    confirmed: Promise<boolean>,
+  ): () => void {
+    return this.#options.materialised.add({
+      record,
+      tarindex,
+      device,
+      isWhole: () => cache.allCached,
+      whenWhole: async () => {
+        if (!(await confirmed))
+          throw new ReadError('local', `layer ${record.digest}: its index is not confirmed`);
+        await cache.whenComplete();
+      },
+    });
   }
 
   #path(

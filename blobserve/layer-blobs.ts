@@ -26,6 +26,8 @@ export interface LayerBlobsOptions {
   readonly digestsDirectory: string;
   readonly client: RegistryClient;
   readonly hash?: BlobVerifierOptions['hash'];
+  /** Removes what is left over of other things than blobs. */
+  readonly sweepElsewhere?: () => Promise<void>;
   readonly log: Logger;
 }
 
@@ -43,10 +45,10 @@ const VERIFY_RETRY = 30_000;
 
 export class LayerBlobs {
   readonly verifier: BlobVerifier;
+  readonly space: CacheSpace;
   readonly #options: LayerBlobsOptions;
   /** The memory that fetched bytes of all layers pass through. */
   readonly #buffers: BufferPool;
-  readonly #space: CacheSpace;
   readonly #downloads: BackgroundDownloads;
   /** By host. */
   readonly #slots = new Map<string, FetchSlots>();
@@ -55,11 +57,12 @@ export class LayerBlobs {
     const { cache, fetch, background } = options.configuration;
     this.#options = options;
     this.#buffers = new BufferPool(fetch.max_in_flight);
-    this.#space = new CacheSpace({
+    this.space = new CacheSpace({
       dir: options.cacheDirectory,
       maxBytes: cache.max_bytes,
       minFreeBytes: cache.min_free,
       keepUnusedMs: cache.keep_unused,
+      ...(options.sweepElsewhere && { sweepElsewhere: options.sweepElsewhere }),
       log: options.log,
     });
     this.#downloads = new BackgroundDownloads({
@@ -67,7 +70,7 @@ export class LayerBlobs {
       rate: background.rate,
       window: dayWindow(background.window),
       rangeBytes: fetch.max_range,
-      room: () => (this.#space.scarce ? -1 : this.#space.room()),
+      room: () => (this.space.scarce ? -1 : this.space.roomOfBlobs()),
     });
     this.verifier = new BlobVerifier({
       directory: options.digestsDirectory,
@@ -79,12 +82,12 @@ export class LayerBlobs {
 
   /** Begins to look after the space of the cache. Never rejects. */
   start(): Promise<void> {
-    return this.#space.start();
+    return this.space.start();
   }
 
   async close(): Promise<void> {
     await this.#downloads.close();
-    await this.#space.close();
+    await this.space.close();
   }
 
   /** @throws {ImageReferenceError | RangeError} the source makes no sense */
@@ -124,7 +127,7 @@ export class LayerBlobs {
       buffers: this.#buffers,
       slots,
       verify: knowledge.verify,
-      space: this.#space,
+      space: this.space,
       log: layerLog,
     });
     return { cache, range, knowledge, slots, log: layerLog };

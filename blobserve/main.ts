@@ -24,6 +24,7 @@ import { LayerBlobs } from './layer-blobs.js';
 import { LayerIndexer } from './layer-indexer.js';
 import { isClassic, LayerLookup } from './layer-lookup.js';
 import { LayerServer } from './layer-server.js';
+import { MaterialisedLayers } from './materialised-layers.js';
 import { PublishedIndexes } from './published/published-indexes.js';
 import { openRegistryClient } from './open-registry-client.js';
 import { PullCredentials } from './registry/pull-credentials.js';
@@ -118,9 +119,17 @@ async function main(): Promise<void> {
     cacheDirectory: layout.cache,
     digestsDirectory: layout.digests,
     client,
+    sweepElsewhere: () => indexer.sweep(configuration.cache.keep_unused),
     log,
   });
-  const paths = new LayerPaths({ configuration, blobs, indexer, published, log });
+  const materialised = new MaterialisedLayers({
+    cacheDirectory: layout.cache,
+    enabled: configuration.cache.materialise,
+    delayMs: configuration.background.delay,
+    space: blobs.space,
+    log,
+  });
+  const paths = new LayerPaths({ configuration, blobs, indexer, published, materialised, log });
   /** The layers of an image are indexed side by side: whoever wants one will want the others next. */
   const indexSiblings = async (source: control.LayerSource.$Properties): Promise<void> => {
     const layers = await lookup.layers(source, '');

@@ -113,6 +113,17 @@ export function dataPlaneFamilies({ devices, hosts }: DataPlaneState): MetricFam
       'Bytes that inflating gave.',
       counted.decompressedBytes,
     ),
+    countFamily(
+      'erofs_nbd_materialised_layers_total',
+      'Layers that were unpacked to a file to be served from (made), found so after a restart, evicted, or not so served after all (failed).',
+      counted.materialised,
+    ),
+    single(
+      'counter',
+      'erofs_nbd_materialised_read_bytes_total',
+      'Bytes of reads that were answered from such files.',
+      counted.materialisedReadBytes,
+    ),
     single('counter', 'erofs_nbd_cache_evicted_bytes_total', 'Bytes let go of to make room.', evicted.bytes),
     single('counter', 'erofs_nbd_cache_evicted_spans_total', 'Spans let go of to make room.', evicted.spans),
     distributionFamily(

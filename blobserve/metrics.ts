@@ -33,6 +33,10 @@ export const counted = {
   /** Seconds per piece that was inflated, without waiting for a thread. */
   decompression: new Distribution([0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1]),
   decompressedBytes: 0,
+  /** Materialised layers: `made`, `found` (made before, and right), `evicted`, `failed`. */
+  materialised: new CountBy('what'),
+  /** Bytes of reads that went to them. */
+  materialisedReadBytes: 0,
   /** Seconds from a read's arrival to its answer, of those reads that could not be answered at once. */
   readWait: new Distribution([0.0001, 0.0003, ...SECONDS]),
   /** Seconds from a request to the headers of its answer. */

@@ -134,6 +134,7 @@ const schema = z.strictObject({
       ),
       min_free: size('1GiB', '0B', '8TiB'),
       keep_unused: duration('7d', '0s', '3650d'),
+      materialise: z.boolean().default(true),
     })
     .prefault({}),
   background: z

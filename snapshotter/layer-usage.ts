@@ -18,7 +18,7 @@ const BLOCK = 512;
 function filesOf({ cache, index, digests }: Layout, digest: string): string[] {
   const [algorithm = '', hex = ''] = digest.split(':');
   return [
-    ...['data', 'map'].map((ending) => path.join(cache, algorithm, `${hex}.${ending}`)),
+    ...['data', 'map', 'layer'].map((ending) => path.join(cache, algorithm, `${hex}.${ending}`)),
     ...['erofs', 'zwin', 'json', 'resume'].map((ending) => path.join(index, algorithm, `${hex}.${ending}`)),
     path.join(digests, algorithm, hex),
   ];

@@ -4,7 +4,7 @@
  *
  *     native layer     registry-range → retry → cache → readahead → guard               → device
  *     tar.gz layer     registry-range → retry → cache → gunzip ─┐
- *                                        file(tarindex) ────────┴→ concat → readahead → guard → device
+ *                                        file(tarindex) ────────┴→ concat → switch → readahead → guard → device
  */
 export interface BlobReader {
   /** Size of the blob in bytes; a whole number, constant for the life of the reader. */

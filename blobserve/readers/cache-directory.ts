@@ -1,8 +1,9 @@
 /**
  * The cache's files as a whole: which blobs there are, what they take, and how one goes that nobody has open.
  *
- * A blob is a pair of files (span-store.ts). Half of a pair is an orphan: nothing in it can be trusted. Files with other
- * names are not ours, and are left alone.
+ * A blob is a pair of files (span-store.ts). Half of a pair is an orphan: nothing in it can be trusted. Beside it there may be
+ * what it unpacks to, `<hex>.layer`, and that under way, `<hex>.layer.partial` (materialise.ts); without the pair they are
+ * orphans too. Files with other names are not ours, and are left alone.
  */
 import { constants, type Stats } from 'node:fs';
 import { readdir, rm, stat } from 'node:fs/promises';
@@ -14,14 +15,17 @@ export interface CachedFiles {
   readonly digest: string;
   /** Bytes on the disk, of both files. */
   readonly bytes: number;
+  /** The same of the materialised layer, and of one that is not whole; 0: there is none. */
+  readonly materialisedBytes: number;
+  readonly unfinishedBytes: number;
   /** Milliseconds since 1970: when it was last closed, or marked a span. */
   readonly usedMs: number;
-  /** One of its files is missing. */
+  /** One of the pair is missing. */
   readonly orphan: boolean;
 }
 
 const ALGORITHM = /^[a-z0-9]+(?:[+._-][a-z0-9]+)*$/;
-const FILE = /^([a-f0-9]{32,128})\.(data|map)$/;
+const FILE = /^([a-f0-9]{32,128})\.(?:data|map|layer|layer\.partial)$/;
 
 /** `stat` counts in these. */
 const BLOCK = 512;
@@ -52,20 +56,28 @@ export async function* cachedFiles(dir: string): AsyncGenerator<CachedFiles> {
           ? stat(path.join(dir, algorithm, `${hex}.${ending}`)).catch(() => undefined)
           : undefined;
       const [data, map] = [await of('data'), await of('map')];
-      if (data === undefined && map === undefined) continue; // gone meanwhile
+      const [layer, partial] = [await of('layer'), await of('layer.partial')];
+      if ([data, map, layer, partial].every((found) => found === undefined)) continue; // gone meanwhile
       yield {
         digest: `${algorithm}:${hex}`,
         bytes: ((data?.blocks ?? 0) + (map?.blocks ?? 0)) * BLOCK,
-        usedMs: (map ?? data)?.mtimeMs ?? 0,
+        materialisedBytes: (layer?.blocks ?? 0) * BLOCK,
+        unfinishedBytes: (partial?.blocks ?? 0) * BLOCK,
+        usedMs: (map ?? data ?? layer)?.mtimeMs ?? 0,
         orphan: data === undefined || map === undefined,
       };
     }
   }
 }
 
+/** Where a blob's materialised layer is. @param data path of the blob's own file, see cachePaths */
+export function materialisedPath(data: string): string {
+  return data.replace(/\.data$/, '.layer');
+}
+
 /**
- * Deletes both files of a blob, unless somebody has it open. The map goes first: what a crash leaves between the two is an
- * orphan.
+ * Deletes all files of a blob, unless somebody has it open. The map goes before the data: what a crash leaves between the two
+ * is an orphan.
  *
  * @param paths see cachePaths
  * @returns false when it is in use
@@ -78,8 +90,32 @@ export async function removeCached([data, map]: readonly [data: string, map: str
     if (!file.lock('alone')) return false;
     const [mine, there] = await Promise.all([file.stat(), stat(data).catch(() => undefined)]);
     if (there?.ino !== mine.ino || there.dev !== mine.dev) return false;
-    await rm(map, { force: true });
-    await rm(data, { force: true });
+    const layer = materialisedPath(data);
+    for (const name of [`${layer}.partial`, layer, map, data]) await rm(name, { force: true });
+    return true;
+  } finally {
+    await file.close();
+  }
+}
+
+/**
+ * Deletes a file that somebody writes or wrote under its lock, unless somebody still does.
+ *
+ * @returns false when it is being written, or is not there
+ * @throws the error of the system call that failed
+ */
+export async function removeAbandoned(name: string): Promise<boolean> {
+  const file = await LocalFile.open(name, constants.O_RDWR).catch((error: NodeJS.ErrnoException) => {
+    if (error.code === 'ENOENT') return undefined;
+    throw error;
+  });
+  if (file === undefined) return false;
+  try {
+    if (!file.lock('alone')) return false;
+    const [mine, there] = await Promise.all([file.stat(), stat(name).catch(() => undefined)]);
+    // It was finished meanwhile, and has another name now.
+    if (there?.ino !== mine.ino || there.dev !== mine.dev) return false;
+    await rm(name, { force: true });
     return true;
   } finally {
     await file.close();

@@ -18,7 +18,8 @@ import { pino } from 'pino';
 import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
 import { CacheReader, type CacheReaderOptions } from './cache.js';
 import { CacheSpace, type CacheSpaceOptions } from './cache-space.js';
-import { LocalFile } from './local-file.js';
+import { materialisedPath } from './cache-directory.js';
+import { LocalFile, READ_WRITE_CREATE } from './local-file.js';
 import { SpanMap } from './span-map.js';
 import { cachePaths } from './span-store.js';
 import { DISK } from './testing/page-cache.js';
@@ -257,6 +258,39 @@ describe('a cache that is full', () => {
   });
 });
 
+describe('room that is reserved', () => {
+  it('is taken as long as it is, and as much as was not written of it', async () => {
+    const space = await spaceOf({ maxBytes: 1000 * SPAN });
+    await fill(space, 1, SPAN);
+    await space.pass();
+    const room = space.room();
+    const reservation = space.reserve(100 * SPAN) ?? expect.fail('there is room');
+    expect(space.room()).toBe(room - 100 * SPAN);
+    // What can be given back at once does not keep blobs from being downloaded.
+    expect(space.roomOfBlobs()).toBe(room);
+    const partial = await LocalFile.open(`${materialisedPath(files(1)[0])}.partial`, READ_WRITE_CREATE);
+    expect(partial.lock('alone')).toBe(true);
+    await partial.write(truth(0, 40 * SPAN), 0);
+    await partial.sync();
+    await space.pass();
+    expect(space.room()).toBe(room - 100 * SPAN);
+    reservation.taken();
+    expect(space.room()).toBe(room - 100 * SPAN);
+    await partial.close();
+    await space.pass();
+    expect(space.room()).toBe(room);
+    const other = space.reserve(100 * SPAN) ?? expect.fail('there is room');
+    other.released();
+    expect(space.room()).toBe(room);
+  });
+
+  it('is not given where twice as much does not fit with what is to stay free', async () => {
+    const space = await spaceOf({ maxBytes: 800 * SPAN });
+    expect(space.reserve(301 * SPAN)).toBeUndefined();
+    expect(space.reserve(299 * SPAN)).toBeDefined();
+  });
+});
+
 describe('an eviction', () => {
   it('lets go of no byte before the map on the disk says so', async () => {
     const size = 32 * SPAN;
@@ -397,6 +431,44 @@ describe('files in the cache that nobody needs', () => {
     await space.pass();
     expect(isThere(1)).toEqual([true, true]);
     await expectRead(reader, 0, size);
+  });
+
+  it('go with their blob: a materialised layer, and one that was not finished unless somebody writes it', async () => {
+    const all = await spaceOf();
+    for (const number of [1, 2, 3]) await fill(all, number, 8 * SPAN);
+    await all.close();
+    const layerOf = (number: number): string => materialisedPath(files(number)[0]);
+    const nobody = layerOf(9);
+    for (const file of [1, 2].map(layerOf).concat(nobody)) writeFileSync(file, truth(0, 50 * SPAN));
+    for (const number of [2, 3]) writeFileSync(`${layerOf(number)}.partial`, truth(0, 20 * SPAN));
+    usedBefore(1, 2 * 3600);
+    const writer = await LocalFile.open(`${layerOf(3)}.partial`, READ_WRITE_CREATE);
+    expect(writer.lock('alone')).toBe(true);
+    const space = await spaceOf({ maxBytes: 400 * SPAN });
+    expect(isThere(1)).toEqual([false, false]);
+    expect([1, 2, 9].map((number) => existsSync(layerOf(number)))).toEqual([false, true, false]);
+    expect([2, 3].map((number) => existsSync(`${layerOf(number)}.partial`))).toEqual([false, true]);
+    await space.pass();
+    const taken = [...files(2), ...files(3), layerOf(2), `${layerOf(3)}.partial`]
+      .map((file) => statSync(file).blocks * 512)
+      .reduce((sum, bytes) => sum + bytes, 0);
+    expect(space.room()).toBe(400 * SPAN - taken);
+    expect(space.roomOfBlobs()).toBe(space.room() + statSync(layerOf(2)).blocks * 512);
+    await writer.close();
+  });
+
+  it('are swept elsewhere too, and room is made though that fails', async () => {
+    let sweeps = 0;
+    const sweepElsewhere = (): Promise<void> => {
+      sweeps++;
+      return Promise.reject(new Error('EIO'));
+    };
+    const all = await spaceOf({ sweepElsewhere });
+    await fill(all, 1, 128 * SPAN);
+    await all.close();
+    await spaceOf({ maxBytes: 64 * SPAN, sweepElsewhere });
+    expect(sweeps).toBe(2);
+    expect(isThere(1)).toEqual([false, false]);
   });
 
   it('are looked for again when the cache was emptied by hand', async () => {

@@ -1,7 +1,8 @@
 /**
- * The cache as a resource of the node: how much of the disk it may take, and what goes when that is too much. First the
- * blobs that no layer uses, the one that was used least recently first; then spans of those that are in use, which are
- * fetched again when somebody reads them. What is evicted, and how that loses nothing, is in span-store.ts.
+ * The cache as a resource of the node: how much of the disk it may take, and what goes when that is too much. First
+ * materialised layers, whose bytes can be inflated instead (materialised-layers.ts); then the blobs that no layer uses, the
+ * one that was used least recently first; then spans of those that are in use, which are fetched again when somebody reads
+ * them. What is evicted, and how that loses nothing, is in span-store.ts.
  *
  * What the cache takes is measured now and then, and what was written since is added to it, so that a limit is kept at
  * every moment: bytes that would go over it are served and not kept.
@@ -10,7 +11,13 @@ import { mkdir, stat, statfs } from 'node:fs/promises';
 import path from 'node:path';
 import type { Logger } from '../../daemon/log.js';
 import { counted } from '../metrics.js';
-import { cachedFiles, type CachedFiles, removeCached } from './cache-directory.js';
+import {
+  cachedFiles,
+  type CachedFiles,
+  materialisedPath,
+  removeAbandoned,
+  removeCached,
+} from './cache-directory.js';
 import { evictSpans } from './eviction.js';
 import { LocalFile, READ_WRITE_CREATE } from './local-file.js';
 import { cachePaths, type SpaceKeeper, type SpanStore } from './span-store.js';
@@ -28,7 +35,28 @@ export interface CacheSpaceOptions {
   checkMs?: number;
   /** Spans read within so many seconds are not evicted. Default 5. */
   youngestSeconds?: number;
+  /** Removes what else is left over below the root. Called with every look, by the one process that removes things. */
+  sweepElsewhere?: () => Promise<void>;
   log: Logger;
+}
+
+/** Who serves from materialised layers, and makes them. */
+export interface MaterialisedKeeper {
+  /**
+   * Ends what is being made, and gives materialised layers up until so many bytes are free, if there are as many.
+   *
+   * @param blobs that have one
+   * @returns bytes that are free now and were taken before
+   */
+  shrink(blobs: readonly CachedFiles[], wanted: number): Promise<number>;
+}
+
+/** Room for a file that is being written. One of the two is called, once. */
+export interface Reservation {
+  /** It is there, as a whole. */
+  readonly taken: () => void;
+  /** It is not, nor any part of it. */
+  readonly released: () => void;
 }
 
 /** What the disk looked like, and what has been written since. */
@@ -36,6 +64,9 @@ interface Measure {
   used: number;
   free: number;
   written: number;
+  /** Of `used`: of materialised layers, and of those that are not whole. */
+  materialised: number;
+  unfinished: number;
 }
 
 /** Room is made in steps of an eighth of the limit, and of no more than this many bytes. */
@@ -49,6 +80,9 @@ export class CacheSpace implements SpaceKeeper {
   #lock: LocalFile | undefined;
   #timer: NodeJS.Timeout | undefined;
   #passing: Promise<void> | undefined;
+  #materialised: MaterialisedKeeper | undefined;
+  /** Bytes that will be written for sure. */
+  #reserved = 0;
   #again = false;
   #exhausted = false;
   #closed = false;
@@ -71,6 +105,38 @@ export class CacheSpace implements SpaceKeeper {
     return () => this.#stores.delete(store);
   }
 
+  /** Has somebody asked before anything else goes. */
+  keepMaterialised(keeper: MaterialisedKeeper): void {
+    this.#materialised = keeper;
+  }
+
+  /**
+   * Takes room for a file that is going to be written, where twice its size fits without anything being evicted.
+   *
+   * @returns undefined: there is no room for it
+   */
+  reserve(bytes: number): Reservation | undefined {
+    if (this.#measure === undefined || this.room() < 2 * bytes + 2 * this.#step) return undefined;
+    this.#reserved += bytes;
+    return {
+      taken: () => {
+        this.#endReservation(bytes);
+        if (this.#measure !== undefined) this.#measure.written += bytes;
+      },
+      released: () => this.#endReservation(bytes),
+    };
+  }
+
+  #endReservation(bytes: number): void {
+    this.#reserved -= bytes;
+    if (this.#measure === undefined) return;
+    // One file is written at a time: this was it.
+    const { unfinished } = this.#measure;
+    this.#measure.used -= unfinished;
+    this.#measure.free += unfinished;
+    this.#measure.unfinished = 0;
+  }
+
   admits(bytes: number): boolean {
     return this.room() >= bytes;
   }
@@ -78,14 +144,21 @@ export class CacheSpace implements SpaceKeeper {
   /** Bytes that fit below the limits now, before anything is evicted; Infinity without limits. May be negative. */
   room(): number {
     if (this.#measure === undefined) return Infinity;
-    const { used, free, written } = this.#measure;
+    const { used, free, written, unfinished } = this.#measure;
     const { maxBytes, minFreeBytes } = this.#options;
-    return Math.min(maxBytes > 0 ? maxBytes - used : Infinity, free - minFreeBytes) - written;
+    // What is written of a file that has room reserved is both on the disk and reserved.
+    const ahead = written + Math.max(0, this.#reserved - unfinished);
+    return Math.min(maxBytes > 0 ? maxBytes - used : Infinity, free - minFreeBytes) - ahead;
+  }
+
+  /** Bytes that fit when only materialised layers go. */
+  roomOfBlobs(): number {
+    return this.room() + (this.#measure?.materialised ?? 0) + this.#reserved;
   }
 
   /** True when room is being made, or had to be: not the time to fetch what nobody has asked for. */
   get scarce(): boolean {
-    return this.room() < 2 * this.#step;
+    return this.roomOfBlobs() < 2 * this.#step;
   }
 
   wrote(bytes: number, full = false): void {
@@ -140,13 +213,18 @@ export class CacheSpace implements SpaceKeeper {
     if (!mayRemove) return;
     const [kept, expired] = this.#sort(blobs);
     for (const blob of expired) await this.#remove(blob, blob.orphan ? 'orphan' : 'unused');
+    for (const blob of blobs) if (blob.unfinishedBytes > 0) await this.#removeUnfinished(blob);
+    await this.#options.sweepElsewhere?.().catch((error: unknown) => {
+      log.warn({ err: error }, 'what is left over elsewhere cannot be removed; trying again later');
+    });
     const before = this.room();
     if (before >= this.#step) {
       this.#exhausted = false;
       return;
     }
     const wanted = 2 * this.#step - before;
-    let freed = await this.#removeUnused(kept, wanted);
+    let freed = await this.#shrinkMaterialised(blobs, wanted);
+    if (freed < wanted) freed += await this.#removeUnused(kept, wanted - freed);
     if (freed < wanted && !this.#closed) {
       const spans = await evictSpans([...this.#stores], wanted - freed, this.#options.youngestSeconds ?? 5);
       if (this.#measure !== undefined) this.#measure.written -= spans;
@@ -189,8 +267,15 @@ export class CacheSpace implements SpaceKeeper {
     const blobs: CachedFiles[] = [];
     for await (const blob of cachedFiles(dir)) blobs.push(blob);
     const { bavail, bsize } = await statfs(dir);
-    const used = blobs.reduce((sum, { bytes }) => sum + bytes, 0);
-    this.#measure = { used, free: bavail * bsize, written: Math.max(0, (before?.written ?? 0) - earlier) };
+    const sum = (of: (blob: CachedFiles) => number): number =>
+      blobs.reduce((total, blob) => total + of(blob), 0);
+    this.#measure = {
+      used: sum((blob) => blob.bytes + blob.materialisedBytes + blob.unfinishedBytes),
+      materialised: sum(({ materialisedBytes }) => materialisedBytes),
+      unfinished: sum(({ unfinishedBytes }) => unfinishedBytes),
+      free: bavail * bsize,
+      written: Math.max(0, (before?.written ?? 0) - earlier),
+    };
     return blobs;
   }
 
@@ -200,6 +285,30 @@ export class CacheSpace implements SpaceKeeper {
     const limit = Date.now() - this.#options.keepUnusedMs;
     const expired = unused.filter(({ orphan, usedMs }) => orphan || usedMs < limit);
     return [unused.filter((blob) => !expired.includes(blob)), expired];
+  }
+
+  async #shrinkMaterialised(blobs: readonly CachedFiles[], wanted: number): Promise<number> {
+    const reserved = this.#reserved;
+    const freed = await this.#materialised?.shrink(
+      blobs.filter(({ materialisedBytes }) => materialisedBytes > 0),
+      wanted,
+    );
+    if (this.#measure !== undefined) this.#measure.written -= freed ?? 0;
+    // What was reserved and is not needed any more is free as well.
+    return (freed ?? 0) + reserved - this.#reserved;
+  }
+
+  /** What was under way in a process that died. */
+  async #removeUnfinished({ digest, unfinishedBytes }: CachedFiles): Promise<void> {
+    const { dir, log } = this.#options;
+    const [data] = cachePaths(dir, digest);
+    if (!(await removeAbandoned(`${materialisedPath(data)}.partial`))) return;
+    if (this.#measure !== undefined) {
+      this.#measure.used -= unfinishedBytes;
+      this.#measure.free += unfinishedBytes;
+      this.#measure.unfinished -= unfinishedBytes;
+    }
+    log.info({ digest, bytes: unfinishedBytes }, 'removed a materialised layer that was not finished');
   }
 
   async #removeUnused(blobs: readonly CachedFiles[], wanted: number): Promise<number> {
@@ -212,7 +321,9 @@ export class CacheSpace implements SpaceKeeper {
   }
 
   /** @returns bytes that are free now */
-  async #remove({ digest, bytes }: CachedFiles, reason: string): Promise<number> {
+  async #remove(blob: CachedFiles, reason: string): Promise<number> {
+    const { digest } = blob;
+    const bytes = blob.bytes + blob.materialisedBytes + blob.unfinishedBytes;
     const { dir, log } = this.#options;
     try {
       if (!(await removeCached(cachePaths(dir, digest)))) return 0;

@@ -49,6 +49,13 @@ export class LayerNode {
     return node;
   }
 
+  /** Starts the daemons again, when they have been ended. */
+  async restart(configuration: string): Promise<void> {
+    this.client.close();
+    this.snapshotter = await this.stack.startSnapshotter({ configuration });
+    this.client = new SnapshotsClient(this.snapshotter.plugin.address);
+  }
+
   get root(): string {
     return this.snapshotter.plugin.root;
   }
