@@ -23,7 +23,7 @@ export interface ControlOptions {
   readonly describe: (
     source: control.LayerSource.$Properties,
     platform: string,
-  ) => Promise<control.LayerSource.$Properties>;
+  ) => Promise<control.DescribeResponse.$Properties>;
   /** Credentials that came with pulls. */
   readonly pulls: Pick<PullCredentials, 'take' | 'messages'>;
   readonly backend: 'nbd' | 'fuse';
@@ -102,7 +102,7 @@ export function controlImplementation(options: ControlOptions): grpc.UntypedServ
     describe: unary('Describe', async (request: control.DescribeRequest) => {
       const { source } = request;
       if (source === null || source === undefined) throw new RangeError('describe: no source given');
-      return { source: await options.describe(source, request.platform) };
+      return options.describe(source, request.platform);
     }),
     attach: unary('Attach', (request: control.AttachRequest) => server.attach(request)),
     detach: unary('Detach', async (request: control.DetachRequest) => ({

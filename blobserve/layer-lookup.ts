@@ -44,15 +44,17 @@ export class LayerLookup {
   }
 
   /**
-   * Completes a source that names image and layer with media type, size, kind, manifest digest and diff ID.
+   * Completes a source that names image and layer with media type, size, kind, manifest digest and diff ID; and says which
+   * layers are below it.
    *
    * @param platform "os/architecture[/variant]", empty for this machine's; only where the reference leads to an index
    * @throws {RegistryError} the manifest cannot be had, does not have the layer, or contradicts the source
    * @throws {ImageReferenceError | RangeError} reference or platform do not parse
    */
-  async describe(source: Source, platform: string): Promise<Source> {
+  async describe(source: Source, platform: string): Promise<control.DescribeResponse.$Properties> {
     const layers = await this.layers(source, platform);
-    const layer = layers.find(({ layerDigest }) => layerDigest === source.layerDigest);
+    const at = layers.findIndex(({ layerDigest }) => layerDigest === source.layerDigest);
+    const layer = layers[at];
     const reference = parseReference(source.imageRef ?? '');
     const about = {
       kind: 'missing',
@@ -69,7 +71,8 @@ export class LayerLookup {
         { ...about, kind: 'invalid' },
       );
     }
-    return layer.diffId === '' ? { ...layer, diffId } : layer;
+    const below = layers.slice(0, at).map(({ layerDigest }) => layerDigest ?? '');
+    return { source: layer.diffId === '' ? { ...layer, diffId } : layer, below };
   }
 
   /** All layers of the image, the lowest first. */
@@ -92,7 +95,7 @@ export class LayerLookup {
     const wanted = platform === '' ? machinePlatform() : parsePlatform(platform);
     const { digest, manifest } = await this.#client.resolve(reference, wanted);
     const kinds = manifest.layers.map(({ mediaType }) => KINDS[classifyLayer(mediaType)]);
-    // Native layers are their own diff ID; the others are checked against what the image says of them.
+    // What the others unpack to is for the image's configuration to say.
     const classic = kinds.some(
       (kind) => kind === control.LayerKind.TAR || kind === control.LayerKind.TAR_GZIP,
     );
@@ -104,7 +107,8 @@ export class LayerLookup {
       mediaType: layer.mediaType,
       size: layer.size,
       kind: kinds[index] ?? control.LayerKind.OTHER,
-      diffId: diffIds[index] ?? '',
+      // A native layer is what it unpacks to, as for containerd's own differ.
+      diffId: kinds[index] === control.LayerKind.EROFS ? layer.digest : (diffIds[index] ?? ''),
     }));
   }
 

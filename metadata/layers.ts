@@ -39,11 +39,11 @@ export interface LayerRow extends LayerInput {
   readonly id: number;
   /** Nanoseconds since 1970-01-01 UTC. */
   readonly createdNs: bigint;
-  /** Images of other repositories that the layer was given with before, the newest first; at most {@link MAX_OTHERS}. */
+  /** Images of other repositories that the layer was given with later, the newest first; at most {@link MAX_OTHERS}. */
   readonly otherImageRefs: readonly string[];
 }
 
-/** Repositories kept of a layer beside the one it was given with last. */
+/** Repositories kept of a layer beside the one it was first given with. */
 export const MAX_OTHERS = 8;
 
 export type Backend = 'nbd' | 'fuse';
@@ -102,9 +102,8 @@ export class LayerStore {
   readonly #user: Database.Statement<[number], { id: number }>;
   readonly #orphans: Database.Statement<[], Wide<LayerColumns>>;
   readonly #insert: Database.Statement<(string | number | bigint)[]>;
-  readonly #setSource: Database.Statement<(string | number)[]>;
-  readonly #keepOther: Database.Statement<[number, string, string, bigint]>;
-  readonly #dropOther: Database.Statement<[number, string]>;
+  readonly #setFacts: Database.Statement<(string | number)[]>;
+  readonly #insertOther: Database.Statement<[number, string, string, bigint]>;
   readonly #dropOldest: Database.Statement<[number, number, number]>;
   readonly #delete: Database.Statement<[number]>;
   readonly #device: Database.Statement<[number], Wide<DeviceRow>>;
@@ -125,12 +124,12 @@ export class LayerStore {
     this.#insert = database.prepare(`
       INSERT INTO layers (digest, image_ref, manifest_digest, media_type, size, kind, diff_id, created_ns)
       VALUES (?, ?, ?, ?, ?, ?, ?, ?)`);
-    this.#setSource = database.prepare(`
-      UPDATE layers SET image_ref = ?, manifest_digest = ?, media_type = ?, size = ?, kind = ?, diff_id = ? WHERE id = ?`);
-    this.#keepOther = database.prepare(`
+    this.#setFacts = database.prepare(
+      'UPDATE layers SET media_type = ?, size = ?, kind = ?, diff_id = ? WHERE id = ?',
+    );
+    this.#insertOther = database.prepare(`
       INSERT INTO layer_sources (layer_id, repository, image_ref, given_ns) VALUES (?, ?, ?, ?)
       ON CONFLICT (layer_id, repository) DO UPDATE SET image_ref = excluded.image_ref, given_ns = excluded.given_ns`);
-    this.#dropOther = database.prepare('DELETE FROM layer_sources WHERE layer_id = ? AND repository = ?');
     this.#dropOldest = database.prepare(`
       DELETE FROM layer_sources WHERE layer_id = ? AND repository NOT IN (
         SELECT repository FROM layer_sources WHERE layer_id = ? ORDER BY given_ns DESC LIMIT ?)`);
@@ -167,8 +166,9 @@ export class LayerStore {
   }
 
   /**
-   * The layer of this digest. When it is known from another image, the one given is its first source from now on (it was
-   * asked for last, so it is there), the other is kept beside it, and what was not known of the blob before is filled in.
+   * The layer of this digest. When it is known from another image, the one given is kept beside that one, and what was not
+   * known of the blob before is filled in. The first stays the first to be asked: whoever can have an image pulled that
+   * names the layer is not to decide where its readers get their bytes.
    *
    * @throws {MetadataError} invalid_argument: a digest of unknown form; or size, kind or diff ID differ from what is
    *   recorded for the same digest, so that one of the two images does not tell the truth
@@ -186,21 +186,18 @@ export class LayerStore {
         const size = sameOrKnown(what, 'size', known, layer, 0);
         const kind = sameOrKnown(what, 'kind', known, layer, 'other');
         const diffId = sameOrKnown(what, 'diffId', known, layer, '');
-        const mediaType = layer.mediaType === '' ? known.mediaType : layer.mediaType;
-        this.#keepSource(known, layer.imageRef);
-        this.#setSource.run(layer.imageRef, layer.manifestDigest, mediaType, size, kind, diffId, known.id);
+        const mediaType = known.mediaType === '' ? layer.mediaType : known.mediaType;
+        this.#keepOther(known, layer.imageRef);
+        this.#setFacts.run(mediaType, size, kind, diffId, known.id);
       }
       return existing(toLayer(this.#byDigest.get(layer.digest)), layer.digest);
     });
   }
 
-  /** Keeps the repository that the layer is known from, when it is given from another one. */
-  #keepSource(known: LayerRow, imageRef: string): void {
+  #keepOther(known: LayerRow, imageRef: string): void {
     const repository = repositoryOf(imageRef);
-    const before = repositoryOf(known.imageRef);
-    if (repository === before) return;
-    this.#keepOther.run(known.id, before, known.imageRef, this.#database.now());
-    this.#dropOther.run(known.id, repository);
+    if (repository === repositoryOf(known.imageRef)) return;
+    this.#insertOther.run(known.id, repository, imageRef, this.#database.now());
     this.#dropOldest.run(known.id, known.id, MAX_OTHERS);
   }
 

@@ -20,7 +20,7 @@ export type Migration = string;
  *             identity of a layer that containerd asks for.
  * layers      Where a lazily served blob comes from, as far as it takes to serve it again after a reboot. No table has a
  *             column for a credential: those are resolved again.
- * layer_sources  Other repositories that have the same blob: images that were pulled with it before the one in `layers`.
+ * layer_sources  Other repositories that have the same blob: images that were pulled with it after the one in `layers`.
  * devices     How such a blob reaches the kernel. Written before the kernel is asked.
  */
 const VERSION_1 = `

@@ -103,11 +103,8 @@ export class LayerAttachments {
    */
   async attachFor<T>(layer: LayerInput, use: (layerId: number) => T): Promise<T> {
     return this.#locks.run(layer.digest, async () => {
-      const before = this.#layers.findByDigest(layer.digest)?.imageRef;
-      const found = this.#layers.findOrCreate(layer);
-      const { id } = found;
+      const { id } = await this.#record(layer);
       try {
-        if (this.#ready.has(id) && before !== found.imageRef) await this.#tellSources(found);
         await this.#ensure(id);
         return use(id);
       } catch (error) {
@@ -273,10 +270,35 @@ export class LayerAttachments {
     }
   }
 
-  /** A layer that is served already may be had from another repository too. */
-  async #tellSources(layer: LayerRow): Promise<void> {
-    const device = this.#layers.device(layer.id);
-    if (device === undefined) return;
+  /**
+   * Says that an image has these layers too, so that they can be had from its repository when theirs refuses them. One
+   * that is gone, or where it cannot be written down, is passed over.
+   */
+  async alsoFrom(layerIds: readonly number[], imageRef: string): Promise<void> {
+    for (const layerId of layerIds) {
+      const layer = this.#layers.find(layerId);
+      if (layer === undefined) continue;
+      try {
+        await this.#locks.run(layer.digest, async () => {
+          if (this.#layers.isUsed(layerId)) await this.#record({ ...layer, imageRef });
+        });
+      } catch (error) {
+        this.#log.warn({ layer: layer.digest, image: imageRef, err: error }, 'a source is not kept');
+      }
+    }
+  }
+
+  /** The layer's row; a data plane that serves it already is told where else it may be had from. */
+  async #record(layer: LayerInput): Promise<LayerRow> {
+    const before = this.#layers.findByDigest(layer.digest);
+    const row = this.#layers.findOrCreate(layer);
+    const device = this.#ready.has(row.id) ? this.#layers.device(row.id) : undefined;
+    const isKnown = row.otherImageRefs.every((image) => before?.otherImageRefs.includes(image));
+    if (device !== undefined && !isKnown) await this.#tellSources(row, device);
+    return row;
+  }
+
+  async #tellSources(layer: LayerRow, device: DeviceRow): Promise<void> {
     try {
       const dataPlane = await this.#options.dataPlane();
       await dataPlane.call((client) => this.#attach(client, layer, { ...device, checked: true }));

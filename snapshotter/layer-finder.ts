@@ -24,11 +24,21 @@ export interface LayerFinderOptions {
   readonly log: Logger;
 }
 
+/** A layer that can be served, and the digests of those below it in its image. */
+export interface FoundLayer extends LayerInput {
+  readonly below: readonly string[];
+}
+
 type Labels = Readonly<Record<string, string>>;
 
 /** containerd puts "<namespace>/<number>/" before the keys of its clients (core/metadata/snapshot.go, createKey). */
 function namespaceOf(key: string): string | undefined {
   return /^([A-Za-z0-9]+(?:[._-]+[A-Za-z0-9]+)*)\/\d+\//.exec(key)?.[1];
+}
+
+interface Description {
+  readonly source: control.LayerSource.$Properties;
+  readonly below: readonly string[];
 }
 
 export class LayerFinder {
@@ -44,7 +54,7 @@ export class LayerFinder {
    * @throws {LabelError} a label that cannot be what its name says
    * @throws {CallError} the registry cannot be asked, with its host and what it answered
    */
-  async find(labels: Labels, key: string): Promise<LayerInput | undefined> {
+  async find(labels: Labels, key: string): Promise<FoundLayer | undefined> {
     const { log, onError } = this.#options;
     const reference = layerReference(labels);
     if (reference === undefined) return this.#findUnnamed(labels, key);
@@ -59,7 +69,7 @@ export class LayerFinder {
   }
 
   /** Of a client that does not say which image it pulls. */
-  async #findUnnamed(labels: Labels, key: string): Promise<LayerInput | undefined> {
+  async #findUnnamed(labels: Labels, key: string): Promise<FoundLayer | undefined> {
     const { discovery, discoveryTimeoutMs, log } = this.#options;
     const chainId = labels[LABEL_SNAPSHOT_REF];
     const namespace = namespaceOf(key);
@@ -74,7 +84,7 @@ export class LayerFinder {
         this.#firstThere(discovery.find({ namespace, deadline }, chainId), deadline, tried),
         lateness(discoveryTimeoutMs),
       ]);
-      if (found !== undefined) return this.#toServe(found.source, found.layer, key);
+      if (found !== undefined) return this.#toServe(found.description, found.layer, key);
     } catch (error) {
       if (!(error instanceof CallError)) throw error;
       tried.error ??= error;
@@ -99,12 +109,12 @@ export class LayerFinder {
     candidates: AsyncIterable<DiscoveredLayer>,
     deadline: number,
     tried: { layer?: DiscoveredLayer; error?: CallError },
-  ): Promise<{ source: control.LayerSource.$Properties; layer: DiscoveredLayer } | undefined> {
+  ): Promise<{ description: Description; layer: DiscoveredLayer } | undefined> {
     for await (const layer of candidates) {
       if (Date.now() >= deadline) break;
       tried.layer = layer;
       try {
-        return { source: await this.#describe(layer), layer };
+        return { description: await this.#describe(layer), layer };
       } catch (error) {
         if (!(error instanceof CallError)) throw error;
         tried.error = error;
@@ -114,26 +124,21 @@ export class LayerFinder {
     return undefined;
   }
 
-  async #describe({
-    imageRef,
-    manifestDigest,
-    layerDigest,
-    diffId,
-  }: LayerReference): Promise<control.LayerSource.$Properties> {
+  async #describe({ imageRef, manifestDigest, layerDigest, diffId }: LayerReference): Promise<Description> {
     const dataPlane = await this.#options.dataPlane();
     const request = { source: { imageRef, manifestDigest, layerDigest, diffId } };
-    const { source } = await dataPlane.call((client) => client.describe(request));
+    const { source, below } = await dataPlane.call((client) => client.describe(request));
     if (source === null || source === undefined) {
       throw new CallError(`layer ${layerDigest}: empty description`, grpc.status.INTERNAL);
     }
-    return source;
+    return { source, below };
   }
 
   #toServe(
-    source: control.LayerSource.$Properties,
+    { source, below }: Description,
     { imageRef, manifestDigest, layerDigest, diffId }: LayerReference,
     key: string,
-  ): LayerInput | undefined {
+  ): FoundLayer | undefined {
     const kind = this.#servable(source.kind);
     if (kind === undefined) {
       this.#options.log.info(
@@ -150,6 +155,7 @@ export class LayerFinder {
       size: source.size ?? 0,
       kind,
       diffId: source.diffId ?? diffId,
+      below,
     };
   }
 

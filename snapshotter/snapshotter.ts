@@ -20,7 +20,7 @@ import { layerUsage } from './layer-usage.js';
 import type { LayerAttachments } from './layer-attachments.js';
 import { KeyedLock } from './keyed-lock.js';
 import type { LayerFinder } from './layer-finder.js';
-import { checkChainId, LABEL_SNAPSHOT_REF } from './layer-reference.js';
+import { chainIdOfSnapshot, checkChainId, LABEL_SNAPSHOT_REF } from './layer-reference.js';
 import { snapshotMounts, type Mount } from './overlay.js';
 
 type Labels = Readonly<Record<string, string>>;
@@ -200,7 +200,7 @@ export class Snapshotter {
       if (this.#snapshots.findByChain(chainId, parent) !== undefined) return true;
       const layer = await this.#options.finder.find(labels, key);
       if (layer === undefined) return false;
-      const parentChainId = parent === '' ? '' : this.#snapshots.stat(parent).labels[LABEL_SNAPSHOT_REF];
+      const parentChainId = parent === '' ? '' : chainIdOfSnapshot(this.#snapshots.stat(parent));
       checkChainId(chainId, parentChainId, layer.diffId);
       // (chain ID, parent) is the identity: the same layer may be wanted on a parent from another kind of pull.
       const name = `erofs-nbd/${chainId}/${createHash('sha256').update(parent).digest('hex').slice(0, 16)}`;
@@ -215,9 +215,19 @@ export class Snapshotter {
         this.#log.warn({ key, layer: layer.digest, err: error }, 'not served lazily: containerd unpacks it');
         return false;
       }
+      await this.#attachments.alsoFrom(this.#layersBelow(parent, layer.below), layer.imageRef);
       this.#log.info({ key, layer: layer.digest, image: layer.imageRef }, 'layer is served lazily');
       return true;
     });
+  }
+
+  /** Layers of a snapshot and its parents that an image has too: containerd does not ask for what is there. */
+  #layersBelow(parent: string, digests: readonly string[]): number[] {
+    if (parent === '') return [];
+    const node = this.#snapshots.get(parent);
+    return [node, ...node.parents].flatMap(({ layerId }) =>
+      layerId !== null && digests.includes(this.#options.layers.get(layerId).digest) ? [layerId] : [],
+    );
   }
 
   async #mounts(node: SnapshotNode): Promise<Mount[]> {
