@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest';
-import { chainIdOf, checkChainId, LabelError, layerReference } from './layer-reference.js';
+import { chainIdOf, chainIdOfSnapshot, checkChainId, LabelError, layerReference } from './layer-reference.js';
 
 const digest = (digit: string) => `sha256:${digit.repeat(64)}`;
 const labels = {
@@ -72,6 +72,15 @@ describe('the chain ID of a Prepare', () => {
     expect(() => checkChainId(chainIdOf(base, middle), base, middle)).not.toThrow();
     expect(() => checkChainId(middle, '', base)).toThrow(LabelError);
     expect(() => checkChainId(middle, base, middle)).toThrow(chainIdOf(base, middle));
+  });
+
+  it('of a snapshot is its label, or the end of the name that containerd 1.x gives it', () => {
+    const label = { 'containerd.io/snapshot.ref': middle };
+    expect(chainIdOfSnapshot({ name: `k8s.io/7/${base}`, labels: label })).toBe(middle);
+    expect(chainIdOfSnapshot({ name: `k8s.io/7/${base}`, labels: {} })).toBe(base);
+    expect(chainIdOfSnapshot({ name: base, labels: {} })).toBe(base);
+    expect(chainIdOfSnapshot({ name: `k8s.io/7/my-${base}`, labels: {} })).toBeUndefined();
+    expect(chainIdOfSnapshot({ name: 'by-hand', labels: {} })).toBeUndefined();
   });
 
   it('is taken as it is where parent or diff ID are not known', () => {

@@ -69,6 +69,19 @@ export function chainIdOf(parentChainId: string, diffId: string): string {
 }
 
 /**
+ * What a committed snapshot of an image's layer is known by: its label, or, of one that a client of containerd 1.x unpacked
+ * without labels, its name, which ends with the chain ID (`<namespace>/<number>/<chain ID>`).
+ *
+ * @returns undefined for a snapshot of nobody knows what
+ */
+export function chainIdOfSnapshot(info: {
+  readonly name: string;
+  readonly labels: Readonly<Record<string, string>>;
+}): string | undefined {
+  return info.labels[LABEL_SNAPSHOT_REF] ?? /(?:^|\/)(sha256:[0-9a-f]{64})$/.exec(info.name)?.[1];
+}
+
+/**
  * Holds what a client calls a layer against what the layer is. Others may ask for the same chain ID later, perhaps in
  * another namespace, and would get whatever it was given to first.
  *

@@ -8,7 +8,7 @@ import { removeAbandonedStacks } from '../stack/abandoned.js';
 import { startDaemon } from '../stack/daemon-process.js';
 import { grpcAnswers } from '../stack/socket.js';
 import { Stack } from '../stack/stack.js';
-import { backendOf } from '../system/requirements.js';
+import { backendOf, expectedBackend } from '../system/requirements.js';
 import { compareRefusals, type RefusalResult } from './error-codes.js';
 import { buildGoPrograms } from './go-programs.js';
 import { compareOddKeys } from './odd-keys.js';
@@ -111,6 +111,9 @@ try {
 
     const passed = count(results, 'pass');
     const referencePassed = count(referenceResults, 'pass');
+    const attach = (await backendOf(snapshotter)) ?? 'none';
+    const expected = await expectedBackend();
+    if (attach !== expected) troubles.push(`layers are attached with ${attach}, not with ${expected}`);
     report = {
       ok: failed.length + wrongCodes === 0 && passed > 0 && referencePassed > 0,
       passed,
@@ -121,7 +124,7 @@ try {
       error_codes: refusals.length,
       error_codes_wrong: wrongCodes,
       containerd: programs.containerdVersion,
-      attach: (await backendOf(snapshotter)) ?? 'none',
+      attach,
     };
   } finally {
     await daemon.stop();

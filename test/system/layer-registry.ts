@@ -1,7 +1,7 @@
 /**
  * Images of single layers in a registry that can be told to misbehave, and the labels by which containerd asks for them.
  */
-import { createHash, randomBytes } from 'node:crypto';
+import { randomBytes } from 'node:crypto';
 import { FaultServer } from '../fault-server.js';
 import { EROFS_LAYER } from '../image/layer-blob.js';
 
@@ -52,12 +52,12 @@ export class LayerRegistry {
   }
 
   wanted(digest: string, manifestDigest: string, labels: Labels = {}): WantedLayer {
-    const chainId = `sha256:${createHash('sha256').update(`${digest}${manifestDigest}`).digest('hex')}`;
     return {
       digest,
-      chainId,
+      // A native layer is its own diff ID, and that is the chain ID of one on no other.
+      chainId: digest,
       labels: {
-        'containerd.io/snapshot.ref': chainId,
+        'containerd.io/snapshot.ref': digest,
         'containerd.io/snapshot/cri.image-ref': `${this.server.host}/team/app:latest`,
         'containerd.io/snapshot/cri.manifest-digest': manifestDigest,
         'containerd.io/snapshot/cri.layer-digest': digest,

@@ -185,6 +185,26 @@ describe('Prepare', () => {
       );
     }
 
+    test("a chain ID that is another layer's, on no parent and on one", async () => {
+      const [layer, other] = [goodLayer(), goodLayer()];
+      const claim = { 'containerd.io/snapshot.ref': other.chainId };
+      await expectRefused(prepare(layer, claim), status.INVALID_ARGUMENT, layer.digest, other.chainId);
+      // Unpacked by a client of containerd 1.x, without labels: the name tells what it is.
+      const parent = `default/7/${randomDigest()}`;
+      await client.prepare('unpacking');
+      await client.commit(parent, 'unpacking');
+      await expect(client.prepare('test/on it', parent, layer.labels)).rejects.toMatchObject({
+        code: status.INVALID_ARGUMENT,
+        message: expect.stringContaining(parent.slice('default/7/'.length)) as string,
+      });
+    });
+
+    test('a diff ID that is not the native layer itself', () =>
+      expectRefused(
+        prepare(goodLayer(), { 'containerd.io/snapshot/diff-id': randomDigest() }),
+        status.DATA_LOSS,
+      ));
+
     test('and shows no password of a reference that holds one', async () => {
       const reference = `user:hunter2@${registry.server.host}/team/app:latest`;
       const call = prepare(goodLayer(), { 'containerd.io/snapshot/cri.image-ref': reference });
@@ -347,6 +367,17 @@ describe('Prepare', () => {
     expect((await snapshotter.devices())?.map(({ layerDigest }) => layerDigest)).toEqual([layer.digest]);
   });
 
+  test('takes a list of layers that was cut off, and reads none of it', async () => {
+    // containerd ends the list before the label is longer than 4096 bytes; others cut it in the middle of a digest.
+    const list = Array.from({ length: 60 }, () => randomDigest())
+      .join(',')
+      .slice(0, 4096);
+    const layer = goodLayer();
+    await expect(prepare(layer, { 'containerd.io/snapshot/cri.image-layers': list })).rejects.toMatchObject(
+      attached,
+    );
+  });
+
   describe('by many callers at once', () => {
     test('of one layer makes one snapshot, one device and one mount', async () => {
       const layer = goodLayer();
@@ -361,13 +392,19 @@ describe('Prepare', () => {
 
     test('of snapshots that share a blob makes one device', async () => {
       const image = freshImage();
-      const layers = Array.from({ length: 20 }, () => registry.addLayer(image));
-      const calls = layers.map((layer) => prepare(layer));
+      const parents = Array.from({ length: 20 }, (_, n) => `parent-${n}`);
+      for (const parent of parents) {
+        await client.prepare(`${parent} key`);
+        await client.commit(parent, `${parent} key`);
+      }
+      const calls = parents.map((parent) =>
+        client.prepare(`test/on ${parent}`, parent, registry.addLayer(image).labels),
+      );
       for (const code of await codesOf(calls)) expect(code).toBe(status.ALREADY_EXISTS);
       const { devices, mounts, snapshots: names } = await everything();
       expect(devices).toHaveLength(1);
       expect(mounts).toHaveLength(1);
-      expect(names).toHaveLength(20);
+      expect(names).toHaveLength(40);
     });
 
     test('of a layer that cannot be had leaves nothing, and each is told', async () => {
