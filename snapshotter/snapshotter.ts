@@ -20,7 +20,7 @@ import { layerUsage } from './layer-usage.js';
 import type { LayerAttachments } from './layer-attachments.js';
 import { KeyedLock } from './keyed-lock.js';
 import type { LayerFinder } from './layer-finder.js';
-import { checkChainId, LABEL_SNAPSHOT_REF } from './layer-reference.js';
+import { chainIdOfSnapshot, checkChainId, LABEL_SNAPSHOT_REF } from './layer-reference.js';
 import { snapshotMounts, type Mount } from './overlay.js';
 
 type Labels = Readonly<Record<string, string>>;
@@ -200,7 +200,7 @@ export class Snapshotter {
       if (this.#snapshots.findByChain(chainId, parent) !== undefined) return true;
       const layer = await this.#options.finder.find(labels, key);
       if (layer === undefined) return false;
-      const parentChainId = parent === '' ? '' : this.#snapshots.stat(parent).labels[LABEL_SNAPSHOT_REF];
+      const parentChainId = parent === '' ? '' : chainIdOfSnapshot(this.#snapshots.stat(parent));
       checkChainId(chainId, parentChainId, layer.diffId);
       // (chain ID, parent) is the identity: the same layer may be wanted on a parent from another kind of pull.
       const name = `erofs-nbd/${chainId}/${createHash('sha256').update(parent).digest('hex').slice(0, 16)}`;
