@@ -165,9 +165,11 @@ fi
 
 # --- the machine ------------------------------------------------------------------------------------------------------
 
+# Without "fast string" instructions the kernel copies with plain ones, which are emulated 3.5 times faster (2.1 GB/s, not 0.6): a copy then
+# costs about as much beside everything else as it does on a real processor.
 QEMU=("$LOADER" --library-path "$LIBRARIES" "$TOOLS/usr/bin/qemu-system-x86_64"
   -L "$TOOLS/usr/share/qemu" -L "$TOOLS/usr/share/seabios"
-  -M q35,sata=off,smbus=off,vmport=off -accel tcg,thread=multi -cpu max,la57=off
+  -M q35,sata=off,smbus=off,vmport=off -accel tcg,thread=multi -cpu max,la57=off,erms=off,fsrm=off
   -smp "${VM_CPUS:-2}" -m "${VM_MEMORY:-2G}" -nodefaults -no-user-config -display none -no-reboot)
 LOG_LEVEL=4
 [ -z "${VM_DEBUG:-}" ] || LOG_LEVEL=7
