@@ -29,7 +29,7 @@ export interface DockerRegistryOptions {
   };
   /** Fetches from this registry what it does not have, and keeps it: a pull-through cache. */
   readonly pullThrough?: string;
-  /** Address to listen on; default 127.0.0.1. */
+  /** Address to listen on, without brackets; default 127.0.0.1. */
   readonly address?: string;
 }
 
@@ -48,7 +48,8 @@ export class DockerRegistry {
   ): Promise<DockerRegistry> {
     const folder = await mkdtemp(join(tmpdir(), 'docker-registry-'));
     const { address = '127.0.0.1' } = options;
-    const host = `${address}:${await freePort(address)}`;
+    const name = address.includes(':') ? `[${address}]` : address;
+    const host = `${name}:${await freePort(address)}`;
     const config: Record<string, unknown> = {
       version: '0.1',
       log: { level: 'error', accesslog: { disabled: true } },

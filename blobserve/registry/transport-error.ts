@@ -19,12 +19,18 @@ export function mayBePlain(error: RegistryError): boolean {
   return (
     error.kind === 'transient' &&
     !CERTIFICATE.test(code) &&
+    !TLS_ALERT.test(code) &&
+    !OLD_TLS.test(code) &&
     (/^(EPROTO|ERR_SSL.*|ECONNRESET|ECONNREFUSED|UND_ERR_CONNECT_TIMEOUT|UND_ERR_SOCKET)$/.test(code) ||
       isProtocolError(error.cause) ||
       refusedByProxy(error.cause))
   );
 }
 
+/** The host speaks TLS, of versions that are no longer safe. */
+const OLD_TLS = /UNSUPPORTED_PROTOCOL|ALERT_PROTOCOL_VERSION/;
+/** The host speaks TLS, and will not with us. */
+const TLS_ALERT = /^ERR_SSL_.*_ALERT_/;
 const CERTIFICATE = /CERT|UNABLE_TO_(GET_ISSUER|VERIFY|DECRYPT|DECODE)|CRL|INVALID_CA|HOSTNAME_MISMATCH/;
 
 /** What a failure of the HTTP library means, in words that say what can be done about it. */
@@ -47,6 +53,10 @@ export function explain(
     reason = `the name ${url.hostname} is not known (${code}); check the image name and the name service`;
   } else if (code === 'ECONNREFUSED') {
     reason = `${url.host} refuses connections (${code}); is the registry running?`;
+  } else if (OLD_TLS.test(code)) {
+    reason = `${url.host} speaks no TLS of version 1.2 or later (${code}), and older ones are not used; it has to be updated`;
+  } else if (TLS_ALERT.test(code)) {
+    reason = `${url.host} refuses the TLS connection (${code}); it may want a client certificate: "client" in hosts.toml`;
   } else if (CERTIFICATE.test(code)) {
     reason = `the certificate of ${url.host} is not trusted (${code}); add its CA certificate`;
   } else if (code === 'EPROTO' || code.startsWith('ERR_SSL')) {

@@ -396,8 +396,24 @@ export class Transport {
     } catch (error) {
       if (!(error instanceof RegistryError) || !mayBePlain(error)) throw error;
       // A TLS server answers 400 to plain http: then the trouble with TLS was another one.
-      if ((await this.#probe(plain, way)) === 400) throw error;
+      if ((await this.#plainProbe(plain, way, error)) === 400) throw error;
       return plain;
+    }
+  }
+
+  /** @throws {RegistryError} that says what was wrong with TLS too: it may be a TLS host that ended the connection */
+  async #plainProbe(
+    plain: URL,
+    way: Pick<TransportRequest, 'connection' | 'plainHttp' | 'tolerance' | 'signal'>,
+    withTls: RegistryError,
+  ): Promise<number> {
+    try {
+      return await this.#probe(plain, way);
+    } catch (error) {
+      if (!(error instanceof RegistryError) || error.kind !== 'transient') throw error;
+      if (error.reason === withTls.reason || error.cause instanceof RestingError) throw error;
+      const { kind, host, retryAfterMs, reason, cause } = error;
+      throw new RegistryError(`${reason}; with TLS: ${withTls.reason}`, { kind, host, retryAfterMs, cause });
     }
   }
 
