@@ -381,6 +381,25 @@ describe('an address that was redirected to', () => {
   });
 });
 
+describe('an address that gave wrong bytes', () => {
+  it('is looked up again once a digest has told', async () => {
+    const storage = await FaultServer.start();
+    storage.addBlob(blob);
+    server.failAlways(
+      '/blobs/',
+      redirect(({ request }) => `${storage.url}${request.url ?? ''}`),
+    );
+    await bytes(0, 10);
+    await bytes(10, 10);
+    expect(server.count('/blobs/')).toBe(1);
+    reader.distrust(5, 1);
+    await bytes(20, 10);
+    expect(server.count('/blobs/')).toBe(2);
+    await client.close();
+    await storage.close();
+  });
+});
+
 describe('a blob in several repositories', () => {
   let other: FaultServer;
 

@@ -3,10 +3,13 @@ import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { matchingKeys } from './credential-key.js';
+import { parseConfiguration } from '../../daemon/configuration.js';
 import { CredentialProviders } from './credential-provider.js';
-import type { Credentials } from './credentials.js';
+import { credentialSources } from './credential-sources.js';
+import { PasswordCredentials, type Credentials } from './credentials.js';
 import { DockerConfig } from './docker-config.js';
 import { KubernetesSecrets } from './kubernetes-secrets.js';
+import { PullCredentials } from './pull-credentials.js';
 
 let folder: string;
 let problems: string[];
@@ -178,6 +181,46 @@ describe('Kubernetes pull secrets', () => {
     writeFileSync(path.join(folder, 'secrets', 'x'), '{"credsStore":"one"}');
     expect(await new KubernetesSecrets(path.join(folder, 'secrets')).lookup('a.example', 'x')).toEqual([]);
     expect(() => runs()).toThrow('ENOENT');
+  });
+});
+
+describe('the sources of the configuration', () => {
+  it('are asked in their order, each when it is switched on', async () => {
+    const write = (name: string, pair: string) => {
+      mkdirSync(path.dirname(path.join(folder, name)), { recursive: true });
+      writeFileSync(path.join(folder, name), JSON.stringify({ auths: { 'r.example': auth(pair) } }));
+    };
+    write('config.json', 'docker:1');
+    write('secrets/one', 'secret:2');
+    program(
+      'plugin',
+      `echo '{"kind":"CredentialProviderResponse","cacheKeyType":"Image","auth":{"r.example":{"username":"plugin","password":"3"}}}'`,
+    );
+    writeFileSync(
+      path.join(folder, 'providers.yaml'),
+      'kind: CredentialProviderConfig\nproviders:\n- {name: plugin, matchImages: [r.example], defaultCacheDuration: 1h, apiVersion: credentialprovider.kubelet.k8s.io/v1}\n',
+    );
+    const pulls = new PullCredentials();
+    pulls.remember({ host: 'r.example', repository: 'a' }, new PasswordCredentials('pull', '4'), 60_000);
+    const log = { warn: (problem: unknown) => void problems.push(String(problem)) };
+    const all = {
+      docker_config: path.join(folder, 'config.json'),
+      kubernetes_secrets: path.join(folder, 'secrets'),
+      credential_provider_config: path.join(folder, 'providers.yaml'),
+      credential_provider_directory: path.join(folder, 'bin'),
+    };
+    const none = Object.fromEntries(Object.keys(all).map((name) => [name, '']));
+    const found = async (settings: Record<string, string>, from?: PullCredentials) => {
+      const { registry } = parseConfiguration('', 'test');
+      const sources = credentialSources({ ...registry, ...settings }, log, from);
+      const lists = await Promise.all(sources.map((source) => source.lookup('r.example', 'a')));
+      return shown(lists.flat());
+    };
+    expect(await found(all, pulls)).toBe('docker:1 pull:4 secret:2 plugin:3');
+    expect(await found(none)).toBe('');
+    expect(await found({ ...none, kubernetes_secrets: all.kubernetes_secrets })).toBe('secret:2');
+    expect(await found({ ...all, docker_config: '' })).toBe('secret:2 plugin:3');
+    expect(problems).toEqual([]);
   });
 });
 

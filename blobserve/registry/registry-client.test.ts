@@ -508,6 +508,38 @@ describe.skipIf(!existsSync('/usr/bin/openssl'))('https', () => {
     expect(server.requests).toEqual([]);
   });
 
+  it('is found out anew when a host of plain http sends us there, where passwords do not go along', async () => {
+    const asked: (string | undefined)[] = [];
+    const demand: Fault = ({ request, response, behave }) => {
+      asked.push(request.headers.authorization);
+      if (request.headers.authorization !== undefined) behave();
+      else response.writeHead(401, { 'www-authenticate': 'Basic realm="x"' }).end();
+    };
+    client = open({
+      ca: [cert],
+      credentials: { lookup: async () => [{ username: 'me', password: 's3cret' }] },
+    });
+    const probes = () => server.requests.filter(({ path }) => path === '/v2/').length;
+    // It is plain first, and moves behind TLS then.
+    server.failAlways('/blobs/', demand);
+    expect(await client.fetchBlob(reference(), digest, 1000)).toEqual(BLOB);
+    await client.fetchBlob(reference(), digest, 1000);
+    expect(probes()).toBe(1);
+    server.behaveAgain();
+    server.failAlways(
+      '/blobs/',
+      redirect(({ request }) => `${secure.url}${request.url ?? ''}`),
+    );
+    secure.failAlways('/blobs/', demand);
+    asked.length = 0;
+    const error = await failure(client.fetchBlob(reference(), digest, 1000));
+    expect(error).toMatchObject({ kind: 'denied', status: 401 });
+    expect(asked).toEqual([undefined]);
+    expect(probes()).toBe(1);
+    await failure(client.fetchBlob(reference(), digest, 1000));
+    expect(probes()).toBe(2);
+  });
+
   it('may redirect to plain http on this machine, without the password', async () => {
     client = open({
       ca: [cert],
