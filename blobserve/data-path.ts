@@ -207,8 +207,8 @@ export class LayerPaths {
     else {
       throw new LayerRefusedError(
         `${name}: nothing is known to verify its parts with before all of it is here, and integrity.verify is "strict". ` +
-          'Publish the image with tar.gz or tar layers, which are verified while they are indexed, ' +
-          'or allow "complete", which verifies the whole layer when it is complete',
+          'Publish the image with tar.gz layers: their digests are made here while they are indexed, or published with an ' +
+          'index that the image names ("soci convert"); or allow "complete", which verifies a layer when it is complete',
       );
     }
   }

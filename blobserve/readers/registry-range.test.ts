@@ -303,6 +303,25 @@ describe('redirects', () => {
     expect(server.openSockets + storage.openSockets).toBe(2);
   });
 
+  it('are kept until the signature of the address ends, and not used after', async () => {
+    const clock = { now: Date.UTC(2030, 0, 1) };
+    const dated = new RegistryClient({ ...LIMITS, now: () => clock.now });
+    reader = open({}, dated);
+    server.failAlways(
+      '/blobs/',
+      toStorage('?X-Amz-Date=20300101T000000Z&X-Amz-Expires=300&X-Amz-Signature=s3cret'),
+    );
+    await bytes(0, 10);
+    clock.now += 280_000;
+    await bytes(10, 10);
+    expect([server.count('/blobs/'), storage.count('/blobs/')]).toEqual([1, 2]);
+    clock.now += 15_000;
+    await bytes(20, 10);
+    expect([server.count('/blobs/'), storage.count('/blobs/')]).toEqual([2, 3]);
+    await reader.close();
+    await dated.close();
+  });
+
   it('whose target refuses also when fresh are an error that hides the signature', async () => {
     server.failAlways('/blobs/', toStorage());
     await reader.read(Buffer.alloc(1), 0);
