@@ -11,6 +11,7 @@ export import content = containerd.services.content.v1;
 export import images = containerd.services.images.v1;
 export import leases = containerd.services.leases.v1;
 export import diff = containerd.services.diff.v1;
+export import version = containerd.services.version.v1;
 /** Of CRI's image service, what we look at. */
 export import cri = runtime.v1;
 /** Our control API. */

@@ -3,7 +3,7 @@
  */
 import type protobuf from 'protobufjs/minimal.js';
 import type { UnaryMethod } from './unary-call.js';
-import { content, control, diff, images, leases, snapshots, wellKnown } from './messages.js';
+import { content, control, diff, images, leases, snapshots, version, wellKnown } from './messages.js';
 
 /** What a generated message class offers to the wire. */
 interface MessageType<Message, Input> {
@@ -79,6 +79,15 @@ export const leasesService = {
 /** containerd's diff service, as far as we call it. */
 export const diffService = {
   apply: method('/containerd.services.diff.v1.Diff/Apply', diff.ApplyRequest, diff.ApplyResponse),
+} as const;
+
+/** containerd's version service. */
+export const versionService = {
+  version: method(
+    '/containerd.services.version.v1.Version/Version',
+    wellKnown.Empty,
+    version.VersionResponse,
+  ),
 } as const;
 
 const C = '/erofs_nbd.control.v1.BlobServe/';

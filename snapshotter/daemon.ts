@@ -198,12 +198,13 @@ export class Daemon {
       call: async (work) => (await dataPlane()).call(work),
       log: this.#log,
     });
+    this.#containerd = new ContainerdClient(configuration.containerd.address);
     const overlayOptions = [...(await kernelOverlayOptions()), ...configuration.mount.overlay_options];
     const finder = new LayerFinder({
       dataPlane,
       onError: configuration.on_error,
       indexClassic: configuration.index.build,
-      discovery: this.#openDiscovery(),
+      discovery: this.#openDiscovery(this.#containerd),
       discoveryTimeoutMs: configuration.containerd.timeout,
       log: this.#log,
     });
@@ -213,6 +214,7 @@ export class Daemon {
       layers,
       attachments,
       finder,
+      containerd: this.#containerd,
       overlayOptions,
       log: this.#log,
     });
@@ -220,13 +222,12 @@ export class Daemon {
     return { attachments, snapshotter };
   }
 
-  #openDiscovery(): ImageDiscovery | undefined {
+  #openDiscovery(client: ContainerdClient): ImageDiscovery | undefined {
     const { containerd, registry } = this.#options.configuration;
-    const { discover, address, registries } = containerd;
+    const { discover, registries } = containerd;
     if (!discover) return undefined;
-    this.#containerd = new ContainerdClient(address);
     return new ImageDiscovery({
-      client: this.#containerd,
+      client,
       // Plain HTTP is a matter of ports too.
       registries: [...registries, ...registry.insecure],
       hostsDirectories: registry.hosts_dir,

@@ -16,6 +16,8 @@ import type { SnapshotInfo, SnapshotNode, SnapshotStore } from '../metadata/snap
 import { CallError } from '../proto/unary-call.js';
 import { diskUsage, type Usage } from './disk-usage.js';
 import { idMapping, type IdMapping } from './id-mapping.js';
+import type { ContainerdClient } from './containerd-client.js';
+import { checkMapsMounts } from './mapped-mounts.js';
 import { layerUsage } from './layer-usage.js';
 import type { LayerAttachments } from './layer-attachments.js';
 import { KeyedLock } from './keyed-lock.js';
@@ -31,6 +33,7 @@ export interface SnapshotterOptions {
   readonly layers: LayerStore;
   readonly attachments: LayerAttachments;
   readonly finder: LayerFinder;
+  readonly containerd: ContainerdClient;
   /** Options for every overlay mount. */
   readonly overlayOptions: readonly string[];
   readonly log: Logger;
@@ -233,7 +236,8 @@ export class Snapshotter {
   async #mounts(node: SnapshotNode): Promise<Mount[]> {
     const layerIds = node.parents.flatMap(({ layerId }) => (layerId === null ? [] : [layerId]));
     await Promise.all(layerIds.map((layerId) => this.#attachments.ensure(layerId)));
-    const mapping = idMapping(node.labels);
+    const mapping = this.#mappingOf(node);
+    if (mapping !== undefined && layerIds.length > 0) await checkMapsMounts(this.#options.containerd);
     return snapshotMounts({
       kind: node.kind === 'view' ? 'view' : 'active',
       directory: this.#directory(node.id),
@@ -241,18 +245,21 @@ export class Snapshotter {
         layerId === null ? path.join(this.#directory(id), 'fs') : this.#attachments.directory(layerId),
       ),
       options: this.#options.overlayOptions,
-      ...(mapping !== undefined && !this.#isMapped(node, mapping) && { mapping }),
+      ...(mapping !== undefined && { mapping }),
     });
   }
 
   /**
-   * Whether the files below have been given to the users of the mapping, as clients do where containerd does not know the
-   * capability `remap-ids`. The root directory tells; were root itself again, it would not.
+   * Users that the files below are to be seen as. None when they have been given to them already, as clients do where
+   * containerd does not know of the capability `remap-ids`. The root directory tells; were root itself again, it would not.
    */
-  #isMapped({ parents: [nearest] }: SnapshotNode, { rootUid, rootGid }: IdMapping): boolean {
-    if (nearest === undefined || nearest.layerId !== null || (rootUid === 0 && rootGid === 0)) return false;
+  #mappingOf({ labels, parents: [nearest] }: SnapshotNode): IdMapping | undefined {
+    const mapping = idMapping(labels);
+    if (mapping === undefined || nearest === undefined || nearest.layerId !== null) return mapping;
+    const { rootUid, rootGid } = mapping;
+    if (rootUid === 0 && rootGid === 0) return mapping;
     const { uid, gid } = lstatSync(path.join(this.#directory(nearest.id), 'fs'));
-    return uid === rootUid && gid === rootGid;
+    return uid === rootUid && gid === rootGid ? undefined : mapping;
   }
 
   #directory(id: number): string {
