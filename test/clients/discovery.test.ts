@@ -4,7 +4,6 @@
  */
 import path from 'node:path';
 import * as grpc from '@grpc/grpc-js';
-import { execa } from 'execa';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { composeImage, digestOf, layersOf } from '../image/composed-image.js';
 import type { Image } from '../image/oci-layout.js';
@@ -69,21 +68,7 @@ describe('an image whose client does not name it', () => {
       [...layersOf(image)].reverse(),
       TINY_CONFIGURATION,
     );
-    const archive = path.join(node.stack.directory, 'imported.tar');
-    const index = {
-      schemaVersion: 2,
-      manifests: [
-        {
-          mediaType: imported.manifest.mediaType,
-          digest: imported.manifest.digest,
-          size: imported.manifest.size,
-          annotations: { 'io.containerd.image.name': 'example.org/imported:1' },
-        },
-      ],
-    };
-    const write = `printf '%s' "$INDEX" >index.json; printf '{"imageLayoutVersion":"1.0.0"}' >oci-layout`;
-    await execa('sh', ['-c', write], { cwd: imported.layout, env: { INDEX: JSON.stringify(index) } });
-    await execa('tar', ['-C', imported.layout, '-cf', archive, '.']);
+    const archive = await node.archive(imported, 'example.org/imported:1');
     await node.containerd.ctr('image', 'import', '--snapshotter', 'erofs-nbd', archive);
     expect(await node.run('example.org/imported:1', 'imported', 'cat', '/etc/motd')).toBe(
       'from the base layer',

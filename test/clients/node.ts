@@ -1,6 +1,7 @@
 /**
  * A node with the containerd of a Debian suite, a registry, and what clients do there.
  */
+import { writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { execa } from 'execa';
 import { expect } from 'vitest';
@@ -20,6 +21,8 @@ export interface NodeOptions {
   /** Whether clients of the transfer service say which image they pull; default: they do not. */
   readonly annotations?: boolean;
   readonly cri?: boolean;
+  /** What containerd is told that the snapshotter can do. */
+  readonly capabilities?: readonly string[];
   /** Makes containerd's configuration of where the snapshotter is. */
   readonly pasted?: (plugin: ProxyPlugin) => string;
   /** Lines of the snapshotter's configuration besides those that make it find this containerd. */
@@ -69,6 +72,7 @@ export class ClientNode {
         snapshotters: [stack.plugin()],
         annotations: options.annotations ?? false,
         cri: options.cri ?? false,
+        ...(options.capabilities && { capabilities: options.capabilities }),
         ...(options.pasted && { pasted: options.pasted(stack.plugin()) }),
       });
       return new ClientNode(stack, registry, snapshotter, containerd);
@@ -80,9 +84,17 @@ export class ClientNode {
 
   /** nerdctl's way on containerd 1.x: containerd's Go client, with no handler that adds labels. */
   async goPull(reference: string, namespace = this.containerd.namespace): Promise<void> {
+    await this.#goClient(namespace, 'pull', reference);
+  }
+
+  /** Makes an image of what a container has changed, as nerdctl does. */
+  async goCommit(container: string, reference: string): Promise<void> {
+    await this.#goClient(this.containerd.namespace, 'commit', container, reference);
+  }
+
+  async #goClient(namespace: string, ...command: string[]): Promise<void> {
     const directory = await compileGoClient();
-    const { address } = this.containerd;
-    const parameters = [address, namespace, 'erofs-nbd', 'pull', reference];
+    const parameters = [this.containerd.address, namespace, 'erofs-nbd', ...command];
     await execa(path.join(directory, 'go-client'), parameters, { stdin: 'ignore' });
   }
 
@@ -97,6 +109,17 @@ export class ClientNode {
   async ctrPull(reference: string, namespace = this.containerd.namespace): Promise<void> {
     const choice = ['--plain-http', '--snapshotter', 'erofs-nbd', reference];
     await this.containerd.ctr('--namespace', namespace, 'image', 'pull', ...choice);
+  }
+
+  /** A file for `ctr image import`. @param name that the image gets */
+  async archive(image: Image, name: string): Promise<string> {
+    const { mediaType, digest, size } = image.manifest;
+    const annotations = { 'io.containerd.image.name': name };
+    const index = { schemaVersion: 2, manifests: [{ mediaType, digest, size, annotations }] };
+    await writeFile(path.join(image.layout, 'index.json'), JSON.stringify(index));
+    await writeFile(path.join(image.layout, 'oci-layout'), '{"imageLayoutVersion":"1.0.0"}');
+    await execa('tar', ['-C', image.layout, '-cf', `${image.layout}.tar`, '.']);
+    return `${image.layout}.tar`;
   }
 
   /** @returns what the container printed */

@@ -27,12 +27,16 @@ export interface ContainerdOptions {
   readonly cri?: boolean;
   /** A configuration as a user would paste it, in place of what is made of `snapshotters`; its first line is the version. */
   readonly pasted?: string;
+  /** What the snapshotters can do beside the usual, as containerd's configuration says it: `remap-ids`. */
+  readonly capabilities?: readonly string[];
   /** Whether clients of the transfer service tell the snapshotter which image they pull; default: they do. */
   readonly annotations?: boolean;
 }
 
 export interface Containerd extends Daemon {
   readonly address: string;
+  /** Its own directory, which holds its `config.toml`. */
+  readonly home: string;
   /** Ours alone: runc's state and cgroups of this system are found by it. */
   readonly namespace: string;
   /** `2.1.9`, … */
@@ -44,6 +48,8 @@ export interface Containerd extends Daemon {
   ctr(...parameters: string[]): Promise<Result>;
   /** Kills and removes every container and image, so that every snapshot is given back. */
   removeAll(): Promise<void>;
+  /** Ends it, as an upgrade does, and starts it again; containers go on. `whileDown` runs in between. */
+  restart(whileDown?: () => Promise<void>): Promise<void>;
 }
 
 const NOT_OURS = [
@@ -57,7 +63,7 @@ function configuration(options: ContainerdOptions, home: string, version: string
   const [major = 0, minor = 0] = version.split('.').map(Number);
   const hasTransfer = major > 1 || minor >= 7;
   const quote = JSON.stringify;
-  const { snapshotters = [], cri = false, annotations = true } = options;
+  const { snapshotters = [], cri = false, annotations = true, capabilities } = options;
   const [first = '', ...rest] = options.pasted?.split('\n') ?? ['version = 2'];
   const lines = [
     first,
@@ -76,6 +82,7 @@ function configuration(options: ContainerdOptions, home: string, version: string
       `[proxy_plugins.${quote(name)}]`,
       '  type = "snapshot"',
       `  address = ${quote(address)}`,
+      ...(capabilities === undefined ? [] : [`  capabilities = ${quote(capabilities)}`]),
       `  [proxy_plugins.${quote(name)}.exports]`,
       `    root = ${quote(root)}`,
       ...(annotations ? ['    enable_remote_snapshot_annotations = "true"'] : []),
@@ -135,14 +142,16 @@ export async function startContainerd(options: ContainerdOptions): Promise<Conta
   const runc = path.dirname(await program('runc'));
   const searchPath = `${programs}:${runc}:${process.env['PATH'] ?? ''}:/usr/sbin:/usr/bin:/sbin:/bin`;
   const absent = await absentShared();
-  const daemon = await startDaemon({
-    name: `containerd ${version}`,
-    command: containerd,
-    parameters: ['--config', file, '--log-level', 'info'],
-    log: path.join(options.directory, 'containerd.log'),
-    environment: { PATH: searchPath },
-    ready: () => grpcAnswers(address),
-  });
+  const start = (): Promise<Daemon> =>
+    startDaemon({
+      name: `containerd ${version}`,
+      command: containerd,
+      parameters: ['--config', file, '--log-level', 'info'],
+      log: path.join(options.directory, 'containerd.log'),
+      environment: { PATH: searchPath },
+      ready: () => grpcAnswers(address),
+    });
+  let daemon = await start();
 
   const environment = { PATH: searchPath, CONTAINERD_ADDRESS: address, CONTAINERD_NAMESPACE: namespace };
   const ctr = (...parameters: string[]): Promise<Result> =>
@@ -166,5 +175,21 @@ export async function startContainerd(options: ContainerdOptions): Promise<Conta
     // Only when empty: somebody else may have come to use them meanwhile.
     for (const directory of absent) await rmdir(directory).catch(() => undefined);
   };
-  return { ...daemon, stop, address, namespace, version, programs, environment, ctr, removeAll };
+  const restart = async (whileDown?: () => Promise<void>): Promise<void> => {
+    await daemon.stop();
+    await whileDown?.();
+    daemon = await start();
+  };
+  const { name, log } = daemon;
+  return {
+    ...{ name, log, address, home, namespace, version, programs, environment },
+    get pid() {
+      return daemon.pid;
+    },
+    get ended() {
+      return daemon.ended;
+    },
+    kill: () => daemon.kill(),
+    ...{ stop, restart, ctr, removeAll },
+  };
 }

@@ -1,7 +1,9 @@
-// A client of containerd's Go library that pulls an image as nerdctl does on containerd 1.x: Client.Pull with a snapshotter
-// and no handler that would add labels. What it sends with a Prepare is the chain ID alone.
+// A client of containerd's Go library that does what nerdctl does on containerd 1.x. Its pull is Client.Pull with a
+// snapshotter and no handler that would add labels: what it sends with a Prepare is the chain ID alone. Its commit makes an
+// image of what a container has changed, without having the layers below.
 //
 //	go-client ADDRESS NAMESPACE SNAPSHOTTER pull REFERENCE
+//	go-client ADDRESS NAMESPACE SNAPSHOTTER commit CONTAINER REFERENCE
 package main
 
 import (
@@ -17,11 +19,13 @@ import (
 	"github.com/containerd/containerd/remotes/docker"
 )
 
+const usage = "usage: go-client ADDRESS NAMESPACE SNAPSHOTTER pull REFERENCE | commit CONTAINER REFERENCE"
+
 func main() {
-	if len(os.Args) != 6 || os.Args[4] != "pull" {
-		log.Fatal("usage: go-client ADDRESS NAMESPACE SNAPSHOTTER pull REFERENCE")
+	if len(os.Args) < 6 {
+		log.Fatal(usage)
 	}
-	address, namespace, snapshotter, reference := os.Args[1], os.Args[2], os.Args[3], os.Args[5]
+	address, namespace, snapshotter, command := os.Args[1], os.Args[2], os.Args[3], os.Args[4]
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	ctx = namespaces.WithNamespace(ctx, namespace)
@@ -30,6 +34,20 @@ func main() {
 		log.Fatalf("cannot reach containerd: %v", err)
 	}
 	defer client.Close()
+	switch {
+	case command == "pull" && len(os.Args) == 6:
+		err = pull(ctx, client, snapshotter, os.Args[5])
+	case command == "commit" && len(os.Args) == 7:
+		err = commit(ctx, client, snapshotter, os.Args[5], os.Args[6])
+	default:
+		log.Fatal(usage)
+	}
+	if err != nil {
+		log.Fatalf("cannot %s: %v", command, err)
+	}
+}
+
+func pull(ctx context.Context, client *containerd.Client, snapshotter, reference string) error {
 	hosts := docker.ConfigureDefaultRegistries(docker.WithPlainHTTP(docker.MatchAllHosts))
 	image, err := client.Pull(ctx, reference,
 		containerd.WithResolver(docker.NewResolver(docker.ResolverOptions{Hosts: hosts})),
@@ -37,7 +55,8 @@ func main() {
 		containerd.WithPullSnapshotter(snapshotter),
 	)
 	if err != nil {
-		log.Fatalf("cannot pull: %v", err)
+		return err
 	}
 	fmt.Println(image.Target().Digest)
+	return nil
 }
