@@ -91,8 +91,15 @@ try {
   });
   try {
     // One after the other, so that neither waits for what the other does to the disk.
-    const results = await runSuite(programs.suite, ours, path.join(stack.directory, 'tmp'));
-    const referenceResults = await runSuite(programs.suite, reference, path.join(stack.directory, 'tmp'));
+    const run = async (candidate: Candidate): Promise<Results> => {
+      const startedAt = performance.now();
+      const found = await runSuite(programs.suite, candidate, path.join(stack.directory, 'tmp'));
+      const seconds = ((performance.now() - startedAt) / 1000).toFixed(0);
+      console.log(`the suite on ${candidate.plugin}: ${found.size} tests in ${seconds} s`);
+      return found;
+    };
+    const results = await run(ours);
+    const referenceResults = await run(reference);
     console.log(`containerd ${programs.containerdVersion}: snapshots/testsuite, over its client for proxy`);
     console.log('plugins (Proxy) and below its metadata store and garbage collector (Metadata)');
     const failed = printSuite(results, referenceResults);

@@ -4,6 +4,7 @@
 import { mkdir } from 'node:fs/promises';
 import path from 'node:path';
 import { execa } from 'execa';
+import { patience } from '../patience.js';
 
 export type Outcome = 'pass' | 'fail' | 'skip';
 
@@ -26,7 +27,7 @@ export interface Candidate {
 /** Lines of a failed test that are shown. */
 const OUTPUT_MAX = 40;
 /** Milliseconds; a run takes half a minute on a quiet machine. */
-const TIMEOUT = 600_000;
+const TIMEOUT = patience(600_000);
 
 /**
  * @param suite the compiled suite
@@ -41,7 +42,7 @@ export async function runSuite(
   await mkdir(scratch, { recursive: true });
   const { all, exitCode, timedOut } = await execa(
     suite,
-    ['-test.v', '-test.parallel=1', '-test.timeout=9m'],
+    ['-test.v', '-test.parallel=1', `-test.timeout=${TIMEOUT - 60_000}ms`],
     {
       cwd: path.dirname(suite),
       env: {
