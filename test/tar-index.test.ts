@@ -5,10 +5,12 @@
 import { execFileSync } from 'node:child_process';
 import {
   closeSync,
+  ftruncateSync,
   mkdirSync,
   mkdtempSync,
   openSync,
   readFileSync,
+  readSync,
   rmSync,
   statSync,
   writeFileSync,
@@ -293,6 +295,47 @@ describe.skipIf(whyNot !== undefined)(
       withErofsMount(device, (mountPoint) => {
         expect(statSync(path.join(mountPoint, 'hole')).size).toBe(size);
         expect(readFileSync(path.join(mountPoint, 'after'), 'utf8')).toBe('beyond 4 GiB');
+      });
+    });
+
+    it('reads data beyond 2 TiB of tar, where the kernel knows blocks of 48 bits', (context) => {
+      const [major = 0, minor = 0] = readFileSync('/proc/sys/kernel/osrelease', 'utf8')
+        .split('.')
+        .map(Number);
+      if (major < 6 || (major === 6 && minor < 15)) return context.skip('blocks of 48 bits need Linux 6.15');
+      const builder = new LayerTreeBuilder();
+      const [hole, after] = [2 ** 41, Buffer.from('beyond 2 TiB')];
+      const dataOffset = 512 + hole + 512;
+      // A tar of such a size takes an hour to scan.
+      for (const [path, at, size] of [
+        ['hole', 512, hole],
+        ['after', dataOffset, after.length],
+      ] as const) {
+        const nothing = { linkPath: '', uid: 0, gid: 0, mtimeNanoseconds: 0, major: 0, minor: 0 };
+        const fields = { mode: 0o644, mtime: 1, xattrs: undefined, ...nothing };
+        builder.add({ ...fields, type: 'file', path, offset: at - 512, dataOffset: at, size });
+      }
+      const index = buildTarIndex(builder.finish(), dataOffset + 512 + 1024);
+      const device = path.join(folder, 'sparse-48');
+      const descriptor = openSync(device, 'w');
+      try {
+        ftruncateSync(descriptor, index.deviceSize);
+      } catch (error) {
+        if ((error as NodeJS.ErrnoException).code !== 'EFBIG') throw error;
+        return context.skip('no files of more than 2 TiB here');
+      }
+      writeSync(descriptor, Buffer.concat([...index.chunks()]), 0);
+      writeSync(descriptor, after, 0, after.length, index.size + dataOffset);
+      writeSync(descriptor, Buffer.from('end'), 0, 3, index.size + 512 + hole - 3);
+      closeSync(descriptor);
+      withErofsMount(device, (mountPoint) => {
+        expect(readFileSync(path.join(mountPoint, 'after'), 'utf8')).toBe('beyond 2 TiB');
+        const file = openSync(path.join(mountPoint, 'hole'), 'r');
+        const last = Buffer.alloc(5);
+        expect(readSync(file, last, 0, 5, hole - 5)).toBe(5);
+        closeSync(file);
+        expect(last.toString('latin1')).toBe('\0\0end');
+        expect(statSync(path.join(mountPoint, 'hole')).size).toBe(hole);
       });
     });
 

@@ -8,6 +8,7 @@
 import { MODE } from '../tree.js';
 import { readDirectoryBlock } from './directory.js';
 import {
+  CHUNK_48BIT,
   CHUNK_BITS_MASK,
   CHUNK_INDEX,
   CHUNK_INDEXES,
@@ -35,7 +36,7 @@ const BLOCK = 512;
 /** A symbolic link's longest target: Linux's PATH_MAX without the NUL. */
 const TARGET_MAX = 4095;
 const KNOWN_COMPAT = COMPAT.SB_CHKSUM | COMPAT.MTIME | COMPAT.XATTR_FILTER;
-const KNOWN_INCOMPAT = INCOMPAT.CHUNKED_FILE | INCOMPAT.DEVICE_TABLE;
+const KNOWN_INCOMPAT = INCOMPAT.CHUNKED_FILE | INCOMPAT.DEVICE_TABLE | INCOMPAT['48BIT'];
 
 /** What is read of an inode, whichever of the two forms it has. */
 interface InodeFields {
@@ -230,7 +231,9 @@ class Checker {
     if (size === 0 && inode.layout === LAYOUT.PLAIN) return inode.xattrEnd;
     if (inode.layout !== LAYOUT.CHUNKED)
       throw this.wrong(nid, 'layout', inode.layout, `${LAYOUT.CHUNKED} for a file`);
-    if ((inode.union & ~CHUNK_BITS_MASK) !== CHUNK_INDEXES) {
+    const wide =
+      (this.superBlock.featureIncompat & INCOMPAT['48BIT']) !== 0 && (inode.union & CHUNK_48BIT) !== 0;
+    if ((inode.union & ~CHUNK_BITS_MASK) !== (CHUNK_INDEXES | (wide ? CHUNK_48BIT : 0))) {
       throw this.wrong(nid, 'chunk format', inode.union, `${CHUNK_INDEXES} and the size of its chunks`);
     }
     const chunkBlocks = 2 ** (inode.union & CHUNK_BITS_MASK);
@@ -242,9 +245,10 @@ class Checker {
     for (let i = 0; i < count; i++) {
       const index = CHUNK_INDEX.read(this.image, start + i * CHUNK_INDEX.size);
       if (index.deviceId !== 1) throw this.wrong(nid, `chunk ${i} device`, index.deviceId, '1, the tar');
-      if (index.startBlockHigh !== 0)
+      if (index.startBlockHigh !== 0 && !wide)
         throw this.wrong(nid, `chunk ${i} high bits`, index.startBlockHigh, '0');
-      const last = index.startBlock + Math.min(chunkBlocks, blocks - i * chunkBlocks);
+      const last =
+        index.startBlockHigh * 2 ** 32 + index.startBlock + Math.min(chunkBlocks, blocks - i * chunkBlocks);
       if (last > this.deviceBlocks) {
         throw this.wrong(nid, `chunk ${i} end block`, last, `at most ${this.deviceBlocks}, the tar's end`);
       }

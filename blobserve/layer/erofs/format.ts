@@ -140,6 +140,8 @@ export const INODE_EXTENDED = 1;
 /** In the union of a chunk-based inode: log2 of (chunk size / block size), and the flag for 8-byte indexes. */
 export const CHUNK_BITS_MASK = 0x1f;
 export const CHUNK_INDEXES = 0x20;
+/** The indexes' start blocks have 48 bits; only with the 48-bit feature. */
+export const CHUNK_48BIT = 0x40;
 
 /** Inodes lie at multiples of this, counted from `metaBlock`: their number is the nid. */
 export const NID_SLOT = 32;

@@ -13,6 +13,7 @@ import {
   writeDirectoryBlock,
 } from './directory.js';
 import {
+  CHUNK_48BIT,
   CHUNK_BITS_MASK,
   CHUNK_INDEX,
   CHUNK_INDEXES,
@@ -68,6 +69,8 @@ export class TarIndexPlan {
   /** Of the image itself. */
   readonly blocks: number;
   readonly deviceBlocks: number;
+  /** Blocks have numbers of 48 bits: the device is of 2 TiB or more, which Linux 6.15 and later can mount. */
+  readonly wide: boolean;
 
   private readonly shared: SharedXattrs;
   /** By index; 0 means not placed yet. */
@@ -96,14 +99,7 @@ export class TarIndexPlan {
     this.dataArea = this.xattrArea + blocksFor(this.shared.size);
     this.blocks = this.dataArea + this.dataBlockCount;
     this.deviceBlocks = blocksFor(tarSize);
-    if (this.blocks + this.deviceBlocks >= NO_BLOCK) {
-      const most = (NO_BLOCK - 1 - this.blocks) * BLOCK;
-      throw new ErofsFormatError(
-        'tar size in bytes',
-        tarSize,
-        `at most ${most}: 2 TiB less the index itself`,
-      );
-    }
+    this.wide = this.blocks + this.deviceBlocks >= NO_BLOCK;
   }
 
   /** The whole image in order; the super block's checksum is left zero. */
@@ -118,11 +114,15 @@ export class TarIndexPlan {
       blocks: this.blocks,
       xattrBlock: this.shared.size > 0 ? this.xattrArea : 0,
       uuid,
-      featureIncompat: INCOMPAT.CHUNKED_FILE | INCOMPAT.DEVICE_TABLE,
+      featureIncompat: INCOMPAT.CHUNKED_FILE | INCOMPAT.DEVICE_TABLE | (this.wide ? INCOMPAT['48BIT'] : 0),
       extraDevices: 1,
       deviceTableSlot: DEVICE_TABLE / DEVICE_SLOT.size,
     });
-    DEVICE_SLOT.write(head, DEVICE_TABLE, { blocks: this.deviceBlocks, uniaddr: this.blocks });
+    DEVICE_SLOT.write(head, DEVICE_TABLE, {
+      blocks: lowOf(this.deviceBlocks),
+      blocksHigh: highOf(this.deviceBlocks),
+      uniaddr: this.blocks,
+    });
     yield head;
     yield* this.body();
   }
@@ -255,7 +255,7 @@ export class TarIndexPlan {
 
   private unionOf(inode: Inode, type: number): number {
     if (type === MODE.CHAR || type === MODE.BLOCK) return encodeDevice(inode.major, inode.minor);
-    if (hasChunks(inode)) return CHUNK_INDEXES | chunksOf(inode).bits;
+    if (hasChunks(inode)) return CHUNK_INDEXES | (this.wide ? CHUNK_48BIT : 0) | chunksOf(inode).bits;
     const block = this.dataBlocks.get(inode);
     return block === undefined ? NO_BLOCK : this.dataArea + block;
   }
@@ -272,7 +272,11 @@ export class TarIndexPlan {
     }
     for (let i = 0; i < count; i++) {
       const startBlock = inode.dataOffset / BLOCK + i * 2 ** bits;
-      CHUNK_INDEX.write(bytes, at + i * CHUNK_INDEX.size, { deviceId: 1, startBlock });
+      CHUNK_INDEX.write(bytes, at + i * CHUNK_INDEX.size, {
+        deviceId: 1,
+        startBlock: lowOf(startBlock),
+        startBlockHigh: highOf(startBlock),
+      });
     }
   }
 
@@ -351,6 +355,14 @@ function chunksOf(inode: Inode): { bits: number; count: number } {
 /** A device number as Linux keeps it in 32 bits (new_encode_dev). */
 function encodeDevice(major: number, minor: number): number {
   return ((minor & 0xff) | (major << 8) | ((minor & ~0xff) << 12)) >>> 0;
+}
+
+function lowOf(block: number): number {
+  return block % 2 ** 32;
+}
+
+function highOf(block: number): number {
+  return Math.floor(block / 2 ** 32);
 }
 
 function blocksFor(bytes: number): number {

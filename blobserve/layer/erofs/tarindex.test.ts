@@ -3,7 +3,7 @@ import { randomLayer, seeded } from '../../../test/random-tree.js';
 import { Inode, type LayerTree, MODE } from '../tree.js';
 import { type TarIndexFacts, checkTarIndex } from './check.js';
 import { readDirectoryBlock } from './directory.js';
-import { CHUNK_INDEX, EXTENDED_INODE, SUPER_BLOCK, SUPER_OFFSET } from './format.js';
+import { CHUNK_INDEX, DEVICE_SLOT, EXTENDED_INODE, SUPER_BLOCK, SUPER_OFFSET } from './format.js';
 import { ErofsFormatError, superBlockChecksum } from './super-block.js';
 import { buildTarIndex } from './tarindex.js';
 
@@ -93,12 +93,22 @@ describe('buildTarIndex', () => {
     expect(checkTarIndex(bytes, 2 ** 40 + 2048).fileBytes).toBe(2 ** 40 + 1);
   });
 
-  it('refuses a layer of 2 TiB and more', () => {
-    expect(() => buildTarIndex(treeOf({}), 2 ** 41)).toThrow(ErofsFormatError);
-    expect(() => buildTarIndex(treeOf({}), 2 ** 41)).toThrow(
-      'tar size in bytes is 2199023255552, expected at most',
+  it('counts blocks in 48 bits from 2 TiB on, and not before', () => {
+    const before = image(treeOf({}), 2 ** 41 - 16384);
+    expect(SUPER_BLOCK.read(before, SUPER_OFFSET).featureIncompat).toBe(0xc);
+    const size = 3 * 2 ** 41 + 5;
+    const dataOffset = 2 ** 41 + 1024;
+    const tarSize = dataOffset + size;
+    const bytes = image(treeOf({ a: inode(1, FILE, { size, dataOffset }) }), tarSize);
+    expect(SUPER_BLOCK.read(bytes, SUPER_OFFSET).featureIncompat).toBe(0x8c);
+    expect(DEVICE_SLOT.read(bytes, 1152)).toMatchObject({ blocks: 3, blocksHigh: 4 });
+    const nid = rootEntries(bytes).get('a')?.nid ?? 0;
+    const chunks = Array.from({ length: 7 }, (_, i) => CHUNK_INDEX.read(bytes, nid * 32 + 64 + i * 8));
+    expect(chunks.map(({ startBlock, startBlockHigh }) => startBlockHigh * 2 ** 32 + startBlock)).toEqual(
+      Array.from({ length: 7 }, (_, i) => dataOffset / 512 + i * 2 ** 31),
     );
-    expect(image(treeOf({}), 2 ** 41 - 16384).length).toBe(1536);
+    expect(checkTarIndex(bytes, tarSize).fileBytes).toBe(size);
+    expect(() => checkTarIndex(bytes, tarSize - 2 ** 40)).toThrow(ErofsFormatError);
   });
 
   it('refuses data outside the tar or off its blocks', () => {

@@ -6,7 +6,8 @@
  *     0               1280                                             uniaddr × 512
  *
  * The tar is extra device 1; its files are chunk-based with places relative to it, and a kernel that was given one flat
- * device adds `uniaddr`. Blocks have 512 bytes because that is how tars align data.
+ * device adds `uniaddr`. Blocks have 512 bytes because that is how tars align data. From 2 TiB on their numbers have 48 bits,
+ * which Linux knows from 6.15 on.
  *
  * Format: Linux, fs/erofs/erofs_fs.h; the same arrangement as `mkfs.erofs --tar=i`. The same tree and tar size give the
  * same bytes.
@@ -36,7 +37,7 @@ const PIECE = 256 * 1024;
  * them: with many inodes, call it on a thread where nothing else waits.
  *
  * @param tarSize bytes of the whole uncompressed tar, with everything after its end marker
- * @throws {ErofsFormatError} when the layer does not fit the format: a tar of about 2 TiB or more
+ * @throws {ErofsFormatError} when a file's data is outside of the tar
  */
 export function buildTarIndex(tree: LayerTree, tarSize: number): TarIndex {
   const plan = new TarIndexPlan(tree, tarSize);
