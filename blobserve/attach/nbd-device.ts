@@ -2,10 +2,10 @@
  * Devices of the kernel's nbd driver: whether they can be had, how they are made, taken over and taken away. Serving
  * their reads is another file's task (nbd-server.ts); here a device is an index and a socket.
  */
+import { execFile, type ExecFileException } from 'node:child_process';
 import { closeSync } from 'node:fs';
 import { readFile } from 'node:fs/promises';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { execa } from 'execa';
 import { faultPoint } from '../../daemon/fault-point.js';
 import { isHungUp, socketpair } from '../linux/socketpair.js';
 import { AttachError } from './backend.js';
@@ -103,14 +103,18 @@ async function openNetlink(): Promise<NetlinkConnector | string | undefined> {
 
 /** Undefined when modprobe went well, otherwise the reason. */
 async function loadModule(): Promise<string | undefined> {
-  // No devices in advance: netlink makes them as they are needed.
-  const result = await execa('modprobe', ['nbd'], { timeout: 20_000, reject: false });
-  if (!result.failed) {
+  // No devices in advance: netlink makes them as they are needed. Node's own: where there is only fuse, every start comes
+  // here while readers wait, and loading execa takes longer than all the rest of it.
+  const [error, said] = await new Promise<[ExecFileException | null, string]>((resolve) => {
+    execFile('modprobe', ['nbd'], { timeout: 20_000 }, (failure, _, stderr) => resolve([failure, stderr]));
+  });
+  if (error === null) {
     return undefined;
   }
-  if (result.code === 'ENOENT') return 'no nbd module: modprobe is not installed';
-  const said = result.stderr.trim().split('\n').at(-1) ?? '';
-  const why = said === '' ? (result.originalMessage ?? result.shortMessage) : said.replace(/^modprobe: /, '');
+  if (error.code === 'ENOENT') return 'no nbd module: modprobe is not installed';
+  const last = said.trim().split('\n').at(-1) ?? '';
+  const why =
+    last !== '' ? last.replace(/^modprobe: /, '') : error.killed === true ? 'it hangs' : error.message;
   return `no nbd module: modprobe nbd: ${why}`;
 }
 

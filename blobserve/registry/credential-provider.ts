@@ -8,7 +8,6 @@
 import { readFile, stat } from 'node:fs/promises';
 import path from 'node:path';
 import { LRUCache } from 'lru-cache';
-import { parse as parseYaml, YAMLError } from 'yaml';
 import { z } from 'zod';
 import { matchingKeys } from './credential-key.js';
 import { PasswordCredentials, type Credentials, type CredentialSource } from './credentials.js';
@@ -171,7 +170,7 @@ export class CredentialProviders implements CredentialSource {
       if (version === this.#version) return;
       if (status.size > MAX_FILE)
         throw new Error(`it has ${status.size} bytes; at most ${MAX_FILE} are read`);
-      providers = this.#parse(await readFile(config, 'utf8'));
+      providers = await this.#parse(await readFile(config, 'utf8'));
     } catch (error) {
       const { code, message } = error as NodeJS.ErrnoException;
       version = `error ${code ?? message}`;
@@ -183,8 +182,10 @@ export class CredentialProviders implements CredentialSource {
     this.#answers.clear();
   }
 
-  #parse(text: string): readonly Provider[] {
+  async #parse(text: string): Promise<readonly Provider[]> {
     const { config } = this.#options;
+    // Few nodes have such a file, and loading this takes its part of every start.
+    const { parse: parseYaml, YAMLError } = await import('yaml');
     let document: unknown;
     try {
       // JSON is YAML too. Warnings would go to standard error, and may quote the text.

@@ -5,7 +5,7 @@
  */
 import { BlockList, isIP } from 'node:net';
 import { LRUCache } from 'lru-cache';
-import { Agent, buildConnector, EnvHttpProxyAgent, Pool, type Dispatcher } from 'undici';
+import type { Agent, buildConnector, Dispatcher } from 'undici';
 import { isLoopback } from './hosts.js';
 import { secureContext, type TlsSettings } from './trust.js';
 
@@ -30,6 +30,12 @@ export function withoutClient(settings: ConnectionSettings | undefined): Connect
   if (settings?.tls === undefined || settings.tls.client.length === 0) return settings;
   return { ...settings, tls: { ...settings.tls, client: [] } };
 }
+
+/**
+ * The library, loaded with the first request: that takes a fifth of a start, and a data plane that takes over layers whose
+ * bytes are in the cache makes none while readers wait.
+ */
+export const loadUndici = (): Promise<typeof import('undici')> => import('undici');
 
 /** Ways of making connections that are kept at the same time; the least used one is closed when its requests are done. */
 const MAX_WAYS = 256;
@@ -58,11 +64,12 @@ export class Dispatchers {
   }
 
   /** What to send a request to `url` with. */
-  of(url: URL, settings: ConnectionSettings): Dispatcher {
+  async of(url: URL, settings: ConnectionSettings): Promise<Dispatcher> {
+    const undici = await loadUndici();
     const key = JSON.stringify([settings.tls, settings.connectTimeoutMs]);
     let way = this.#ways.get(key);
     if (way === undefined) {
-      way = this.#open(settings);
+      way = this.#open(undici, settings);
       this.#ways.set(key, way);
     }
     if (way.proxied === undefined || isLoopback(url) || this.#exceptions.has(url)) return way.direct;
@@ -77,7 +84,8 @@ export class Dispatchers {
     await Promise.all(agents.map(async (agent) => agent?.destroy()));
   }
 
-  #open({ tls, connectTimeoutMs }: ConnectionSettings): Way {
+  #open(undici: typeof import('undici'), { tls, connectTimeoutMs }: ConnectionSettings): Way {
+    const { Agent, buildConnector, EnvHttpProxyAgent, Pool } = undici;
     const limits = this.#limits;
     const timeout = connectTimeoutMs ?? limits.connectTimeoutMs;
     const ca = [...this.#ca, ...(tls?.ca ?? [])];

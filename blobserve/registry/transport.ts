@@ -251,6 +251,11 @@ export class Transport {
     }
   }
 
+  /** Asked anew after waiting: it may have changed meanwhile. */
+  #isClosed(): boolean {
+    return this.#closed;
+  }
+
   /** Closes every connection; requests under way fail. Idempotent. */
   async close(): Promise<void> {
     if (this.#closed) return;
@@ -363,7 +368,9 @@ export class Transport {
     const ends = request.isProbe === true ? () => undefined : exchangeBegins(url.host);
     try {
       if (this.#closed) throw closedError(url, undefined);
-      const data = await this.#dispatchers.of(url, connection ?? {}).request({
+      const dispatcher = await this.#dispatchers.of(url, connection ?? {});
+      if (this.#isClosed()) throw closedError(url, undefined);
+      const data = await dispatcher.request({
         origin: url.origin,
         path: `${url.pathname}${url.search}`,
         method: request.method ?? 'GET',
