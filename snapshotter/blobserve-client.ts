@@ -19,7 +19,8 @@ export class BlobServeClient {
       'grpc.max_receive_message_length': 64 * 2 ** 20,
       'grpc.initial_reconnect_backoff_ms': 50,
       'grpc.min_reconnect_backoff_ms': 50,
-      'grpc.max_reconnect_backoff_ms': 500,
+      // Readers wait for a process that is starting. Trying costs little: it is a connect() that fails.
+      'grpc.max_reconnect_backoff_ms': 50,
       // A proxy of the environment is for registries.
       'grpc.enable_http_proxy': 0,
     });

@@ -22,6 +22,7 @@ import {
   readIdentity,
   signalProcess,
   waitForEnd,
+  watchProcess,
   writeIdentity,
 } from './process-identity.js';
 import { SilenceWatch } from './silence-watch.js';
@@ -34,10 +35,15 @@ const PROGRAM = fileURLToPath(new URL('../blobserve/main.js', import.meta.url));
  */
 const YOUNG_HEAP = '--max-semi-space-size=4';
 
-/** Milliseconds between two looks at an adopted process, which is not a child whose end is reported. */
+/** Milliseconds between two looks at an adopted process whose end the kernel does not report. */
 const WATCH_INTERVAL = 250;
-/** Milliseconds a new process may take until it answers. Node alone takes over a second under emulation. */
-const START_TIMEOUT = 60_000;
+/** Milliseconds between two looks at a process that has just ended, until it is gone. */
+const END_INTERVAL = 5;
+/**
+ * Milliseconds a new process may take until it answers. One that is killed for being slow is no faster the next time, and a
+ * machine that emulates every instruction for others besides has taken over a minute.
+ */
+const START_TIMEOUT = 180_000;
 /** Milliseconds that a process found running gets to answer, before it counts as hung and another takes its place. */
 const SILENCE_TIMEOUT = 10_000;
 /** Milliseconds an orderly end may take; longer than blobserve gives itself. */
@@ -88,6 +94,8 @@ export class BlobServeProcess {
   #stopped = false;
   /** It has been asked to end: when it does, that is no death. */
   #ending = false;
+  /** Stops watching an adopted process. */
+  #unwatch = (): void => undefined;
   #onStarted: (() => Promise<void>) | undefined;
   #onReleased: (() => void) | undefined;
   #ready: Promise<void> = Promise.resolve();
@@ -189,6 +197,7 @@ export class BlobServeProcess {
   /** Stops watching. The process goes on serving. Idempotent. */
   release(): void {
     this.#stopped = true;
+    this.#unwatch();
     this.#silence?.stop();
     this.client.close();
     this.#onReleased?.();
@@ -260,18 +269,46 @@ export class BlobServeProcess {
     this.#startedAt = Date.now();
     counted.recoveries.add('data plane adopted');
     this.#log.info({ pid: hello.pid, version: hello.version }, 'adopted the running data plane');
-    void this.#watchAdopted(identity);
+    this.#watchAdopted(identity);
     return true;
   }
 
-  async #watchAdopted(identity: ProcessIdentity): Promise<void> {
-    while (!this.#stopped && this.#identity === identity) {
-      if (!(await isRunning(identity))) {
-        this.#died(identity, 'it ended');
+  /** It is not a child, whose end Node would report. */
+  #watchAdopted(identity: ProcessIdentity): void {
+    let look = WATCH_INTERVAL;
+    let unwatch = (): void => undefined;
+    let timer: NodeJS.Timeout | undefined;
+    let looking = false;
+    const check = async (): Promise<void> => {
+      clearTimeout(timer);
+      if (looking) return;
+      looking = true;
+      const isThere = !this.#stopped && this.#identity === identity && (await isRunning(identity));
+      looking = false;
+      if (isThere) {
+        timer = setTimeout(() => void check(), look).unref();
         return;
       }
-      await sleep(WATCH_INTERVAL, undefined, { ref: false });
+      this.#unwatch();
+      this.#died(identity, 'it ended');
+    };
+    this.#unwatch = () => {
+      clearTimeout(timer);
+      unwatch();
+      unwatch = () => undefined;
+    };
+    try {
+      unwatch = watchProcess(identity.pid, () => {
+        // Once is enough: the descriptor stays readable.
+        unwatch();
+        unwatch = () => undefined;
+        look = END_INTERVAL;
+        void check();
+      });
+    } catch (error) {
+      this.#log.debug({ err: error }, 'the end of the data plane is looked for again and again');
     }
+    void check();
   }
 
   async #start(): Promise<void> {

@@ -1,8 +1,11 @@
 /**
  * Which process a number means: a pid together with the time its process started, since pids are used again.
  */
+import { closeSync } from 'node:fs';
 import { readFile, rename, writeFile } from 'node:fs/promises';
 import { setTimeout as sleep } from 'node:timers/promises';
+import { openProcess } from '../blobserve/linux/pidfd.js';
+import { ReadableWatch } from '../blobserve/linux/readable.js';
 
 export interface ProcessIdentity {
   readonly pid: number;
@@ -66,6 +69,24 @@ export async function waitForEnd(identity: ProcessIdentity, timeoutMs: number): 
     await sleep(20);
   }
   return true;
+}
+
+/**
+ * Calls back when the process ends, at once; from the main thread.
+ *
+ * @param onEnd may be called more than once, also before the process can be seen to be gone
+ * @returns stops watching
+ * @throws {Error} when the process has ended already, or cannot be watched here
+ */
+export function watchProcess(pid: number, onEnd: () => void): () => void {
+  const descriptor = openProcess(pid);
+  try {
+    const watch = new ReadableWatch(descriptor, onEnd);
+    return () => void watch.close().then(() => closeSync(descriptor));
+  } catch (error) {
+    closeSync(descriptor);
+    throw error;
+  }
 }
 
 /** Sends a signal to exactly this process; nothing happens when it has ended. */
