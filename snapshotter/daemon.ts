@@ -33,6 +33,7 @@ import { Mounter } from './mounter.js';
 import { kernelOverlayOptions } from './overlay.js';
 import { PluginName } from './plugin-name.js';
 import { snapshotsImplementation } from './service.js';
+import type { DescriptorStore } from './service-manager.js';
 import { Snapshotter } from './snapshotter.js';
 import { listen } from './socket.js';
 
@@ -42,6 +43,8 @@ export interface DaemonOptions {
   readonly sharedArguments: readonly string[];
   /** Replace the running data plane, of whichever version it is. */
   readonly handover: boolean;
+  /** Who holds descriptors for the next process. */
+  readonly store: DescriptorStore;
   readonly log: Logger;
 }
 
@@ -142,11 +145,12 @@ export class Daemon {
     const { dataPlane } = settled;
     if (dataPlane !== undefined) {
       if (this.#layers?.devices().length === 0) {
-        await closeDataPlane(dataPlane, this.#layout, this.#log).catch((error: unknown) =>
-          this.#log.warn(
-            { err: error },
-            'the data plane cannot be ended now: it goes on, and the next start finds it',
-          ),
+        await closeDataPlane(dataPlane, this.#options.store, this.#layout, this.#log).catch(
+          (error: unknown) =>
+            this.#log.warn(
+              { err: error },
+              'the data plane cannot be ended now: it goes on, and the next start finds it',
+            ),
         );
       }
       dataPlane.release();
@@ -170,7 +174,7 @@ export class Daemon {
     if (failures > 0) {
       throw new Error(`${failures} layers are still in use: stop their containers first, then try again`);
     }
-    await closeDataPlane(dataPlane, this.#layout, this.#log);
+    await closeDataPlane(dataPlane, this.#options.store, this.#layout, this.#log);
     dataPlane.release();
     this.#close();
   }
@@ -246,6 +250,7 @@ export class Daemon {
       mounter: this.#mounter,
       handover: this.#options.handover,
       credentials,
+      store: this.#options.store,
       log: this.#log,
     }).then(
       (dataPlane) => {

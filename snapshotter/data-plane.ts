@@ -5,6 +5,7 @@ import { mkdir } from 'node:fs/promises';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { mountFuse, openFuse, unmountFuse } from '../blobserve/attach/fuse-mount.js';
 import { takeDescriptor } from '../blobserve/linux/pidfd.js';
+import { isEnded } from '../blobserve/linux/poll.js';
 import type { Configuration } from '../daemon/configuration.js';
 import { faultPoint } from '../daemon/fault-point.js';
 import type { Layout } from '../daemon/layout.js';
@@ -16,6 +17,7 @@ import type { CredentialRelay } from './credential-relay.js';
 import { dropFuse, endKeeper, isKept, keepFuse, takeKeptFuse } from './fuse-keeper.js';
 import { mountAt, mountTable } from './mount-table.js';
 import type { Mounter } from './mounter.js';
+import type { DescriptorStore } from './service-manager.js';
 
 export interface DataPlaneOptions {
   readonly configuration: Configuration;
@@ -27,6 +29,8 @@ export interface DataPlaneOptions {
   readonly handover: boolean;
   /** What is to be told to each data plane that is started, and found out from one that runs. */
   readonly credentials: Pick<CredentialRelay, 'takeFrom' | 'giveTo'>;
+  /** Holds the FUSE connection for the next snapshotter, where there is systemd. */
+  readonly store: DescriptorStore;
   readonly log: Logger;
 }
 
@@ -34,6 +38,8 @@ export interface DataPlaneOptions {
 const FREE_TIMEOUT = 3_000;
 /** Milliseconds between two looks at whether the keeper still runs. */
 const KEEPER_INTERVAL = 10_000;
+/** The FUSE connection's name in systemd's store. */
+const STORED = 'fuse';
 
 /**
  * @returns the process that serves layers, answering on its socket
@@ -96,19 +102,24 @@ interface FuseConnection {
   readonly descriptor: number;
   /** Opened just now and not mounted yet. */
   readonly fresh: boolean;
+  /** systemd has it already. */
+  readonly stored: boolean;
 }
 
-/** Mounts a new connection, and sees to it that there is always a keeper. */
+/** Mounts a new connection, and sees to it that there is always somebody who holds it. */
 async function finishFuse(
-  { descriptor, fresh }: FuseConnection,
+  { descriptor, fresh, stored }: FuseConnection,
   dataPlane: BlobServeProcess,
-  { layout, log }: DataPlaneOptions,
+  { layout, store, log }: DataPlaneOptions,
 ): Promise<void> {
   // Mounted with the server already reading: mount(8) may look at the new mount before it returns.
   if (fresh) {
     await mountFuse(descriptor, layout.fuse);
     faultPoint('fuse-mounted');
   }
+  // Not before it is mounted: until then systemd takes it for one that has ended, and drops it.
+  if (!stored) store.store(STORED, descriptor);
+  if (store.isReliable) return endKeeper(layout.fuseKeeper);
   const timer = setInterval(() => {
     keepAgain(layout.fuseKeeper, descriptor, log).catch((error: unknown) =>
       log.error({ err: error }, 'the FUSE connection has no keeper, and none can be started'),
@@ -128,16 +139,21 @@ async function openFuseConnection(
   options: DataPlaneOptions,
   running: control.HelloResponse | undefined,
 ): Promise<FuseConnection> {
-  const { layout, log } = options;
+  const { layout, store, log } = options;
   const mounted = (await mountAt(layout.fuse)) !== undefined;
   if (mounted) {
+    const stored = takeStoredFuse(store);
+    if (stored !== undefined) {
+      if (!store.isReliable) await keepAgain(layout.fuseKeeper, stored, log);
+      return { descriptor: stored, fresh: false, stored: true };
+    }
     const kept = await takeKeptFuse(layout.fuseKeeper, log);
-    if (kept !== undefined) return { descriptor: kept, fresh: false };
+    if (kept !== undefined) return { descriptor: kept, fresh: false, stored: false };
     if (running !== undefined) {
       // The keeper was ended by somebody; the process that serves holds the connection too.
       const descriptor = takeDescriptor(running.pid, running.fuseDescriptor);
-      await keepAgain(layout.fuseKeeper, descriptor, log);
-      return { descriptor, fresh: false };
+      if (!store.isReliable) await keepAgain(layout.fuseKeeper, descriptor, log);
+      return { descriptor, fresh: false, stored: false };
     }
     await unmountDeadFuse(options);
   }
@@ -145,9 +161,18 @@ async function openFuseConnection(
   await mkdir(layout.fuse, { recursive: true, mode: 0o700 });
   const descriptor = openFuse();
   faultPoint('fuse-opened');
-  await keepFuse(layout.fuseKeeper, descriptor);
+  if (!store.isReliable) await keepFuse(layout.fuseKeeper, descriptor);
   faultPoint('fuse-kept');
-  return { descriptor, fresh: true };
+  return { descriptor, fresh: true, stored: false };
+}
+
+/** What systemd has held since the last snapshotter; undefined when there is none, or it has ended. */
+function takeStoredFuse(store: DescriptorStore): number | undefined {
+  const descriptor = store.take(STORED);
+  if (descriptor === undefined || !isEnded(descriptor)) return descriptor;
+  dropFuse(descriptor);
+  store.forget(STORED);
+  return undefined;
 }
 
 /** Nobody holds the connection any more: whatever is mounted on its files gives errors for good. */
@@ -179,6 +204,7 @@ async function unmountWhenFree(directory: string): Promise<void> {
 /** Ends the data plane for good: nothing may be attached any more. */
 export async function closeDataPlane(
   dataPlane: BlobServeProcess,
+  store: DescriptorStore,
   layout: Layout,
   log: Logger,
 ): Promise<void> {
@@ -189,5 +215,6 @@ export async function closeDataPlane(
   else {
     dataPlane.release();
     await endKeeper(layout.fuseKeeper);
+    store.forget(STORED);
   }
 }

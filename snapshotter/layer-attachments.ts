@@ -9,6 +9,7 @@ import { mkdir, readdir, readFile, rmdir } from 'node:fs/promises';
 import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import pLimit from 'p-limit';
+import { listNbdDevices } from '../blobserve/attach/nbd-sysfs.js';
 import { faultPoint } from '../daemon/fault-point.js';
 import type { Logger } from '../daemon/log.js';
 import type { LayerStore, DeviceRow, LayerInput, LayerRow } from '../metadata/layers.js';
@@ -72,6 +73,13 @@ async function waitingLayers(client: BlobServeClient, devices: readonly DeviceRo
     if (/[1-9]/.test(text)) waiting.add(layerId);
   }
   return waiting;
+}
+
+/** Identifiers of all nbd devices that the kernel has, whoever serves them. */
+async function keptIdentifiers(): Promise<ReadonlySet<string | undefined>> {
+  return new Set(
+    (await listNbdDevices()).map(({ identifier }) => identifier).filter((one) => one !== undefined),
+  );
 }
 
 export class LayerAttachments {
@@ -167,17 +175,22 @@ export class LayerAttachments {
     const served = new Set(devices.map((device) => control.Device.create(device).layerId));
     const mounts = await mountTable();
     const rows = new Map(this.#layers.devices().map((device) => [device.layerId, device]));
+    const inKernel = await keptIdentifiers();
     const unused = new Set(this.#layers.orphans().map(({ id }) => id));
     const outcomes = new Map<number, Outcome>();
     for (const layerId of new Set([...rows.keys(), ...unused])) {
       const row = rows.get(layerId);
       const directory = this.directory(layerId);
       const mount = mounts.findLast(({ mountPoint }) => mountPoint === directory);
+      const isOfThisBoot = row?.bootId === bootId;
+      // A FUSE file is on the connection that the data plane was started with; had it been lost, its mounts were too.
+      const isKept =
+        row?.backend === 'fuse' ? isOfThisBoot && mount !== undefined : inKernel.has(row?.identifier);
       const outcome = outcomeOf({
         used: !unused.has(layerId),
         row: row?.state ?? 'none',
-        boot: row?.bootId === bootId ? 'this' : 'earlier',
-        device: served.has(layerId) ? 'served' : 'gone',
+        boot: isOfThisBoot ? 'this' : 'earlier',
+        device: served.has(layerId) ? 'served' : isKept ? 'kept' : 'gone',
         mount: mountState(mount, row?.path ?? null),
       });
       this.#log.debug({ layer: layerId, row: row?.state, mount: mount?.source, outcome }, 'found');

@@ -60,18 +60,19 @@ async function main(): Promise<void> {
     '--log-level',
     configuration.log.level,
   ];
+  // Before anything is started that would inherit what systemd said.
+  const manager = new ServiceManager(process.env, log);
   const daemon = new Daemon({
     configuration,
     sharedArguments: shared,
     handover: options.handover === true,
+    store: manager,
     log,
   });
   if (options.teardown === true) {
     await daemon.teardown();
     return;
   }
-  // Before anything is started that would inherit what systemd said.
-  const manager = new ServiceManager(process.env, log);
   let stopping = false;
   const stop = (signal: NodeJS.Signals): void => {
     if (stopping) return;

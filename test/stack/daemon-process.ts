@@ -15,6 +15,8 @@ export interface DaemonOptions {
   readonly log: string;
   /** Added to this process's environment. */
   readonly environment?: Readonly<Record<string, string>>;
+  /** Descriptors of this process that it has from 3 on, and is told of as systemd tells of them (sd_listen_fds(3)). */
+  readonly listening?: readonly { readonly name: string; readonly descriptor: number }[];
   /** Asked again and again until it is true or the process ends. */
   readonly ready: () => Promise<boolean>;
   /** In milliseconds; default 60 000, for machines that are busy. */
@@ -41,11 +43,23 @@ export interface Daemon {
 export async function startDaemon(options: DaemonOptions): Promise<Daemon> {
   const { name, log } = options;
   const output = openSync(log, 'a');
-  const child = spawn(options.command, [...options.parameters], {
+  const { listening = [] } = options;
+  const line = [options.command, ...options.parameters];
+  // Only the process itself knows which one it is.
+  const [command = '', ...parameters] =
+    listening.length === 0 ? line : ['sh', '-c', 'LISTEN_PID=$$ exec "$@"', 'sh', ...line];
+  const child = spawn(command, parameters, {
     // A group of its own: Ctrl-C at a terminal reaches only who started it, who then stops things in order.
     detached: true,
-    stdio: ['ignore', output, output],
-    env: { ...process.env, ...options.environment },
+    stdio: ['ignore', output, output, ...listening.map(({ descriptor }) => descriptor)],
+    env: {
+      ...process.env,
+      ...options.environment,
+      ...(listening.length > 0 && {
+        LISTEN_FDS: String(listening.length),
+        LISTEN_FDNAMES: listening.map(({ name: label }) => label).join(':'),
+      }),
+    },
   });
   closeSync(output);
   let how: string | undefined;

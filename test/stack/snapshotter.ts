@@ -12,7 +12,7 @@ import { isRunning, processIdentity } from '../../snapshotter/process-identity.j
 import { checkout } from '../debian/packages.js';
 import { patience } from '../patience.js';
 import type { ProxyPlugin } from './containerd.js';
-import { startDaemon, type Daemon } from './daemon-process.js';
+import { startDaemon, type Daemon, type DaemonOptions } from './daemon-process.js';
 import { unmountBelow } from './leftovers.js';
 import { grpcAnswers } from './socket.js';
 
@@ -30,6 +30,7 @@ export interface SnapshotterOptions {
   readonly main?: string;
   /** Added to its environment. */
   readonly environment?: Readonly<Record<string, string>>;
+  readonly listening?: DaemonOptions['listening'];
 }
 
 export interface Snapshotter extends Daemon {
@@ -70,6 +71,7 @@ export async function startSnapshotter(options: SnapshotterOptions): Promise<Sna
     ],
     log: path.join(directory, `${name}.log`),
     ...(options.environment && { environment: options.environment }),
+    ...(options.listening && { listening: options.listening }),
     ready: () => grpcAnswers(address),
   });
   const socket = layout(root).controlSocket;
