@@ -327,6 +327,25 @@ describe('room for materialised layers', () => {
     expect(one.tasks).toEqual(['make']);
   });
 
+  it('is given back by the layer that was read least recently, and by no more than are needed', async () => {
+    const [first, second] = [await indexedLayer(dir, 500_000, 1), await indexedLayer(dir, 500_000, 2)];
+    const one = await node();
+    const attached = [await one.attach(first), await one.attach(second)] as const;
+    for (const layer of attached) {
+      await layer.expectRight();
+      await switched(layer);
+    }
+    await delay(5);
+    await attached[0].expectRight();
+    const blobs = [first, second].map(({ record }) => ({
+      ...{ digest: record.digest, bytes: 0, materialisedBytes: 500_000, unfinishedBytes: 0 },
+      ...{ usedMs: 0, orphan: false },
+    }));
+    expect(await one.layers.shrink(blobs, 500_000)).toBe(500_000);
+    expect(attached.map(({ device }) => device.switched)).toEqual([true, false]);
+    expect([first, second].map((layer) => existsSync(fileOf(layer)))).toEqual([true, false]);
+  });
+
   it('is given back by what is under way, which is tried again later', async () => {
     const layer = await indexedLayer(dir, 2_000_000);
     let started: (() => void) | undefined;
