@@ -100,6 +100,7 @@ export class BlobVerifier {
     }
     const notAsWritten = cache.dropUnlessCrcs(spanCrcs);
     if (notAsWritten > 0) {
+      counted.verificationFailures.of('cached span').value += notAsWritten;
       log.warn(
         { spans: notAsWritten },
         'spans in the cache are not as they were written; they are fetched again',

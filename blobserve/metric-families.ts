@@ -126,6 +126,12 @@ export function dataPlaneFamilies({ devices, hosts }: DataPlaneState): MetricFam
     ),
     single('counter', 'erofs_nbd_cache_evicted_bytes_total', 'Bytes let go of to make room.', evicted.bytes),
     single('counter', 'erofs_nbd_cache_evicted_spans_total', 'Spans let go of to make room.', evicted.spans),
+    single(
+      'counter',
+      'erofs_nbd_cache_disk_failures_total',
+      'Reads, writes and flushes that the disk of the cache failed, as when it is full; reads went on from the registry.',
+      counted.cacheDiskFailures,
+    ),
     distributionFamily(
       'erofs_nbd_control_call_seconds',
       'Calls of the control API between the daemons.',

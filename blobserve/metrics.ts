@@ -26,6 +26,8 @@ export const counted = {
   bytes: { cache: 0, registry: 0, readahead: 0, background: 0 },
   /** Bytes and spans let go of to make room. */
   evicted: { bytes: 0, spans: 0 },
+  /** Reads, writes and flushes that the disk of the cache failed, as when it is full. */
+  cacheDiskFailures: 0,
   /** Reads tried again, by kind of the error. */
   retries: new CountBy('reason'),
   /** Bytes that were not what a digest or CRC said, by what was compared. */

@@ -62,10 +62,13 @@ export class FaultServer {
     });
   }
 
-  /** @param tls PEM of a key and its certificate: then it speaks https */
-  static async start(tls?: { key: string; cert: string }): Promise<FaultServer> {
+  /**
+   * @param tls PEM of a key and its certificate: then it speaks https
+   * @param port default: one that is free
+   */
+  static async start(tls?: { key: string; cert: string }, port = 0): Promise<FaultServer> {
     const server = new FaultServer(tls);
-    await new Promise<void>((resolve) => server.#server.listen(0, '127.0.0.1', resolve));
+    await new Promise<void>((resolve) => server.#server.listen(port, '127.0.0.1', resolve));
     return server;
   }
 

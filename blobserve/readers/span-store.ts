@@ -426,6 +426,7 @@ export class SpanStore {
   #diskFailed(doing: string, error: unknown): void {
     const { digest, dir, diskRetryMs, log } = this.#options;
     this.diskFailures++;
+    counted.cacheDiskFailures++;
     if ((error as NodeJS.ErrnoException).code === 'ENOSPC') this.#options.space?.wrote(0, true);
     this.#suspendedUntil = Date.now() + diskRetryMs;
     if (this.#suspended) return;

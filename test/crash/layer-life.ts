@@ -11,6 +11,8 @@ import type { LayerRegistry } from '../system/layer-registry.js';
 
 export class LayerLife {
   #number = 0;
+  /** By digest; the bytes would be hundreds of megabytes. */
+  readonly #identities = new Map<string, number>();
 
   constructor(
     private readonly registry: LayerRegistry,
@@ -26,7 +28,9 @@ export class LayerLife {
    */
   async live(): Promise<void> {
     this.#number += 1;
-    const layer = this.registry.addLayer(withIdentity(this.image, randomBytes(4).readUInt32BE(0)));
+    const identity = randomBytes(4).readUInt32BE(0);
+    const layer = this.registry.addLayer(withIdentity(this.image, identity));
+    this.#identities.set(layer.digest, identity);
     const key = `crash/${process.pid}-${this.#number}`;
     const client = new SnapshotsClient(this.address);
     try {
@@ -46,6 +50,12 @@ export class LayerLife {
     } finally {
       client.close();
     }
+  }
+
+  /** The bytes of a layer that lived here; undefined when it did not. */
+  original(digest: string): Buffer | undefined {
+    const identity = this.#identities.get(digest);
+    return identity === undefined ? undefined : withIdentity(this.image, identity);
   }
 
   /** Removes what lives that were cut short have left. */

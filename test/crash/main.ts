@@ -7,7 +7,10 @@
  *   --files N        reads so many files of it instead of all
  *   --readers N      threads that read, default 3
  *   --seed N         of the random moments; printed, so that a run can be repeated
+ *   --points LIST    `all` (default), `none`, or names of fault points with commas between
  *   --short          what CI runs: all fault points and a few random moments, with tar+gzip
+ *
+ *   --verify --root DIRECTORY --blobs DIRECTORY…   kills nobody: see verify.ts
  *
  * The last line is one JSON object; the status is 0 when there was no wrong byte, no error in the container, nothing
  * left at the end, and every new container ran.
@@ -15,7 +18,7 @@
 import path from 'node:path';
 import { parseArgs } from 'node:util';
 import { execa } from 'execa';
-import { FAULT_POINTS } from '../../daemon/fault-point.js';
+import { type FaultPoint, FAULT_POINTS } from '../../daemon/fault-point.js';
 import { SeededRandom } from '../../metadata/testing/seeded-random.js';
 import { buildDebianImage } from '../image/debian-image.js';
 import { smallErofs } from '../image/small-erofs.js';
@@ -31,6 +34,7 @@ import { faultPlans, type Kill, killAtFaultPoint, killAtMoment, type Scene } fro
 import { LayerLife } from './layer-life.js';
 import { remainingProcesses, remainingState } from './remains.js';
 import { median, report } from './report.js';
+import { originalsIn, reportVerdict, verifyRoot } from './verify.js';
 import { monotonic, Witness } from './witness.js';
 
 const { values } = parseArgs({
@@ -40,12 +44,29 @@ const { values } = parseArgs({
     files: { type: 'string' },
     readers: { type: 'string', default: '3' },
     seed: { type: 'string' },
+    points: { type: 'string', default: 'all' },
     short: { type: 'boolean', default: false },
+    verify: { type: 'boolean', default: false },
+    root: { type: 'string' },
+    blobs: { type: 'string', multiple: true, default: [] },
   },
 });
 const KILLS = Number(values.kills ?? (values.short ? 4 : 200));
 const FORMAT = (values.format ?? (values.short ? 'tar+gzip' : 'erofs')) as 'erofs' | 'tar+gzip';
 const SEED = Number(values.seed ?? Date.now() % 1_000_000);
+const ALL_POINTS: readonly string[] = Object.values(FAULT_POINTS).flatMap((groups) =>
+  (Object.values(groups) as (readonly FaultPoint[])[]).flat(),
+);
+/** Undefined: all of them. */
+const POINTS =
+  values.points === 'all'
+    ? undefined
+    : new Set<string>(values.points.split(',').filter((name) => name !== '' && name !== 'none'));
+for (const name of POINTS ?? [])
+  if (!ALL_POINTS.includes(name)) throw new Error(`--points: there is no ${name}`);
+/** Numbers are checked here: a misspelt one would mean a run that kills nobody and is content. */
+for (const [name, number] of Object.entries({ KILLS, SEED, readers: Number(values.readers) }))
+  if (!Number.isSafeInteger(number) || number < 0) throw new Error(`${name}: expected a whole number`);
 /**
  * What a stall after the death of the data plane may take beyond the start of a Node process, in milliseconds. CI may
  * share its machine: there it is the order of magnitude.
@@ -91,7 +112,8 @@ async function kills(scene: Scene, random: SeededRandom): Promise<Kill[]> {
     note(`${kill.kind}, ${kill.where}: stall ${kill.stall} ms${kill.failures.length > 0 ? ', FAILED' : ''}`);
     for (const failure of kill.failures) console.log(`           ${failure}`);
   };
-  for (const plan of faultPlans(scene.backend)) add(await killAtFaultPoint(scene, plan));
+  for (const plan of faultPlans(scene.backend))
+    if (POINTS === undefined || POINTS.has(plan.point)) add(await killAtFaultPoint(scene, plan));
   for (let number = 0; number < KILLS; number += 1) {
     add(await killAtMoment(scene, VICTIMS[number % VICTIMS.length] ?? 'both', random.below(1200), number));
   }
@@ -120,13 +142,15 @@ async function main(): Promise<boolean> {
   const failures: string[] = [];
   try {
     const image = await buildDebianImage({ format: FORMAT });
+    const tinyImage = await buildTinyImage({ format: 'erofs' });
+    const churnedImage = await buildTinyImage({ format: 'erofs-lz4hc' });
     const files = await expectedFiles(image, path.join(stack.directory, 'expected'));
     const watched = values.files === undefined ? files : sample(files, Number(values.files));
     note(`image of ${files.size} files, of which ${watched.size} are read`);
     const registry = await stack.startRegistry();
     const reference = await registry.push(image, 'watched:1');
-    const tiny = await registry.push(await buildTinyImage({ format: 'erofs' }), 'tiny:1');
-    const churned = await registry.push(await buildTinyImage({ format: 'erofs-lz4hc' }), 'churned:1');
+    const tiny = await registry.push(tinyImage, 'tiny:1');
+    const churned = await registry.push(churnedImage, 'churned:1');
     const small = await smallErofs(stack.directory, 2 ** 20);
     note('images are in the registry');
 
@@ -160,6 +184,13 @@ async function main(): Promise<boolean> {
     await node.uninstall().catch((error: unknown) => failures.push(String(error)));
     failures.push(...(await stack.stop()));
     leaks.push(...(await remainingProcesses(stack.directory)));
+    const inLayouts = originalsIn([image, tinyImage, churnedImage].map(({ layout }) => layout));
+    const verdict = await verifyRoot(
+      node.places.root,
+      async (digest) => life.original(digest) ?? inLayouts(digest),
+    );
+    note(`${verdict.spans} spans of ${verdict.trusted} blobs are marked as valid in the cache, and compared`);
+    failures.push(...verdict.failures);
     return report({
       ...{ attach: backend, kills: done, reading, leaks, failures, nodeStart },
       stallLimit: nodeStart + STALL_BEYOND,
@@ -171,4 +202,11 @@ async function main(): Promise<boolean> {
   }
 }
 
-process.exitCode = (await main()) ? 0 : 1;
+async function verify(): Promise<boolean> {
+  const { root, blobs } = values;
+  if (root === undefined || blobs.length === 0)
+    throw new Error('--verify: say --root DIRECTORY and --blobs DIRECTORY, of what the registry has');
+  return reportVerdict(root, await verifyRoot(root, originalsIn(blobs)));
+}
+
+process.exitCode = (await (values.verify ? verify() : main())) ? 0 : 1;

@@ -31,8 +31,9 @@ export function randomDigest(): string {
 export class LayerRegistry {
   private constructor(readonly server: FaultServer) {}
 
-  static async start(): Promise<LayerRegistry> {
-    return new LayerRegistry(await FaultServer.start());
+  /** @param port default: one that is free */
+  static async start(port = 0): Promise<LayerRegistry> {
+    return new LayerRegistry(await FaultServer.start(undefined, port));
   }
 
   /** An image of one layer. */
