@@ -5,6 +5,7 @@
 import { mountErofs } from '../debian/mount-erofs.js';
 import { containerdFrom, program } from '../debian/packages.js';
 import { fetchErofsUtils } from '../erofs-utils.js';
+import { buildDebianImage } from '../image/debian-image.js';
 import { buildTinyImage } from '../image/tiny-image.js';
 import { buildRealLayer, LAYERS_OF } from '../trees/real-layers.js';
 
@@ -13,6 +14,8 @@ for (const name of ['runc', 'docker-registry', 'mkfs.erofs', 'busybox', 'setfatt
   await program(name);
 // The kinds of layers that test/system asks for.
 for (const format of ['erofs', 'erofs-lz4hc', 'tar', 'tar+gzip'] as const) await buildTinyImage({ format });
+// What the crash test has a container read.
+if (process.env['EROFS_NBD_VM_CRASH'] === 'yes') await buildDebianImage({ format: 'erofs' });
 fetchErofsUtils();
 await mountErofs();
 for (const name of LAYERS_OF[process.env['TREES'] === 'all' ? 'all' : 'small']) await buildRealLayer(name);

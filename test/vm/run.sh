@@ -11,6 +11,8 @@
 #   VM_MEMORY=2G VM_CPUS=2
 #   VM_WRITABLE="/a /b"    directories of this machine that the command may write to
 #   VM_MODULES="..."       kernel modules to load, beside those the machine needs
+#   VM_DISK=/image         a raw image as /dev/vda, which keeps what the machine writes to it
+#   VM_PIDFILE=/file       where QEMU writes its process id: a machine whose QEMU is killed ends with 137, and says nothing
 #   VM_NBDS=8              how many nbd devices the module makes when it is loaded
 #   VM_KERNEL=sid          the kernel of that Debian suite instead of 6.12
 #   VM_DEBUG=1             kernel messages and console on stderr
@@ -28,7 +30,7 @@ VM=$(realpath -m -- "${EROFS_NBD_CACHE:-$HOME/.cache/erofs-nbd}")/vm
 TOOLS=$VM/tools
 KERNEL=$VM/kernel${VM_KERNEL:+-$VM_KERNEL}
 CACHE=$VM/cache
-MODULES=${VM_MODULES:-overlay erofs nbd loop}
+MODULES="${VM_MODULES:-overlay erofs nbd loop}${VM_DISK:+ virtio_blk}"
 read -ra WRITABLE <<<"${VM_WRITABLE:-}"
 
 "$HERE/setup.sh"
@@ -185,6 +187,13 @@ for index in "${!WRITABLE[@]}"; do
   share "writable$index" "${WRITABLE[$index]}" ''
 done
 
+# The host's page cache holds what QEMU has written, so that a QEMU that is killed loses what its machine had not written
+# to the disk yet: the dirty pages of its kernel, which is what a power cut loses.
+if [ -n "${VM_DISK:-}" ]; then
+  QEMU+=(-drive "file=$VM_DISK,format=raw,if=none,id=disk,cache=writeback" -device virtio-blk-pci,drive=disk)
+fi
+[ -z "${VM_PIDFILE:-}" ] || QEMU+=(-pidfile "$VM_PIDFILE")
+
 # The command's stdout, stderr and status come out of three ports with names; the console is kept for failures.
 QEMU+=(-device virtio-serial-pci)
 for port in stdout stderr status; do
@@ -206,6 +215,10 @@ wait "$STDOUT_CAT" "$STDERR_CAT"
 
 STATUS=$(cat "$RUN/status" 2>/dev/null || true)
 if [ -z "$STATUS" ]; then
+  if [ "$QEMU_STATUS" = 137 ] && [ -n "${VM_PIDFILE:-}" ]; then
+    rm -rf "$RUN"
+    exit 137
+  fi
   [ "$QEMU_STATUS" != 124 ] || failed "the command took longer than ${VM_TIMEOUT:-600} s" 124
   failed "the machine died without a status (qemu: $QEMU_STATUS)" 125
 fi

@@ -1,8 +1,12 @@
 #!/bin/bash
 # The end-to-end tests with the nbd backend, on a Debian kernel that has nbd, in one boot of the test machine:
 #
-#   test-vm.sh [TEST-FILE...]        default: see TESTS below
-#   test-vm.sh --trees               all layers of test/system/trees.test.ts, also the large ones: half an hour and 8 GiB
+#   test-vm.sh [TEST-FILE...]           default: see TESTS below
+#   test-vm.sh crash [ARGUMENT...]      daemons are killed under a container (npm run test:crash); default: 8 random moments,
+#                                       the fault points of nbd
+#   test-vm.sh reboot                   the machine is rebooted under containers, and comes up without a registry
+#   test-vm.sh power-cut [--cuts N]     its power is cut while the cache and SQLite are written, 20 times
+#   test-vm.sh --trees                  all layers of test/system/trees.test.ts, also the large ones: half an hour and 8 GiB
 #
 # The last line is one JSON object with the counts, the one before it says them in words; the status is 0 when nothing
 # failed. What this host cannot run counts as skipped, with its reason. Needs the checkout built (npm run build).
@@ -22,7 +26,22 @@ if [ "${1:-}" = --trees ]; then
   export TREES=all DEVICES=no WORK_SIZE=3800M EROFS_NBD_SLOW=${EROFS_NBD_SLOW:-30} SYSTEM_TIMEOUT=${SYSTEM_TIMEOUT:-5200}
   set -- test/system/trees.test.ts
 fi
-[ $# -gt 0 ] || set -- $(printf 'test/system/%s.test.ts ' $TESTS)
+command=
+case ${1:-} in
+  crash)
+    command=crash
+    shift
+    export EROFS_NBD_VM_CRASH=yes WORK_SIZE=${WORK_SIZE:-1800M}
+    memory=4 timeout=2400
+    [ $# -gt 0 ] || set -- --kills 8 --files 400 --points nbd-sockets-made,nbd-connected,nbd-settled,nbd-disconnected
+    ;;
+  reboot | power-cut)
+    command=$1
+    shift
+    memory=2
+    ;;
+esac
+[ -n "$command" ] || [ $# -gt 0 ] || set -- $(printf 'test/system/%s.test.ts ' $TESTS)
 
 OUTPUT=$(mktemp)
 trap 'rm -f "$OUTPUT"' EXIT
@@ -74,6 +93,14 @@ if ! trouble=$(node dist/test/vm/prefetch.js 2>&1); then
   skip "what the tests need cannot be downloaded: $(tail -n 1 <<<"$trouble")"
 fi
 
+case $command in
+  crash) guest=(bash test/vm/guest/crash.sh "$@") ;;
+  '') guest=(bash test/vm/guest/system-tests.sh "$@") ;;
+  *) exec node --enable-source-maps "dist/test/vm/$command.js" "$@" ;;
+esac
 VM_TIMEOUT=${VM_TIMEOUT:-$timeout} VM_MEMORY=${VM_MEMORY:-${memory}G} VM_MODULES='overlay erofs nbd loop ext4' \
-  "$HERE/run.sh" bash test/vm/guest/system-tests.sh "$@" 2>&1 | tee "$OUTPUT"
-finish "${PIPESTATUS[0]}"
+  "$HERE/run.sh" "${guest[@]}" 2>&1 | tee "$OUTPUT"
+ended=${PIPESTATUS[0]}
+# Its last line has the counts already.
+[ "$command" != crash ] || exit "$ended"
+finish "$ended"
