@@ -1,8 +1,16 @@
 /**
  * Many clients at once: each layer is attached once, and nothing is left of it afterwards.
  */
+import { gzipSync } from 'node:zlib';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { composeImage, layersOf } from '../image/composed-image.js';
+import { entry, tar } from '../hand-made-tar.js';
+import {
+  composeImage,
+  digestOf,
+  layerOfBytes,
+  layersOf,
+  type ComposedLayer,
+} from '../image/composed-image.js';
 import type { Image } from '../image/oci-layout.js';
 import { buildTinyImage, TINY_CONFIGURATION, TINY_GREETING } from '../image/tiny-image.js';
 import { patience } from '../patience.js';
@@ -21,8 +29,7 @@ const test = (name: string, body: () => Promise<void>): void =>
     patience(600_000),
   );
 
-/** The whole number by command; fewer where every test counts. */
-const CONTAINERS = process.env['EROFS_NBD_CLIENTS'] === 'all' ? 50 : 20;
+const CONTAINERS = 50;
 const IMAGES = 20;
 
 describe('many clients at once', () => {
@@ -41,33 +48,45 @@ describe('many clients at once', () => {
   });
 
   test(`run ${CONTAINERS} containers of one image`, async () => {
-    await node.ctrPull(reference);
+    const other = ['--namespace', 'another-namespace'];
+    // One image at once, twice in one namespace.
+    await Promise.all(
+      [undefined, undefined, other[1]].map((namespace) => node.ctrPull(reference, namespace)),
+    );
     const runs = Array.from({ length: CONTAINERS }, (_, index) => node.run(reference, `at-once-${index}`));
     expect(new Set(await Promise.all(runs))).toEqual(new Set([TINY_GREETING.trimEnd()]));
     expect(await node.served()).toEqual(image.layers.map(({ digest }) => digest).sort());
     expect(await logged(node.snapshotter, 'layer attached')).toHaveLength(image.layers.length);
+    await node.containerd.ctr(...other, 'image', 'rm', '--sync', reference);
     await node.removeImages(reference);
     await node.expectNothingHeld();
   });
 
-  test(`pull ${IMAGES} images that share their layers: each layer is attached once`, async () => {
+  test(`pull ${IMAGES} images on one base: each layer of it is attached once`, async () => {
     const before = (await logged(node.snapshotter, 'layer attached')).length;
     const images = await Promise.all(
       Array.from({ length: IMAGES }, (_, index) =>
-        composeImage(node.stack.directory, layersOf(image), {
-          ...TINY_CONFIGURATION,
-          Env: ['PATH=/bin', `NUMBER=${index}`],
-        }),
+        composeImage(node.stack.directory, [...layersOf(image), ownLayer(index)], TINY_CONFIGURATION),
       ),
     );
     const references = await Promise.all(
       images.map((one, index) => node.registry.push(one, `team/sharing-${index}:1`)),
     );
     await Promise.all(references.map((one) => node.ctrPull(one)));
-    expect(await node.served()).toEqual(image.layers.map(({ digest }) => digest).sort());
-    expect((await logged(node.snapshotter, 'layer attached')).length - before).toBe(image.layers.length);
-    expect(await node.run(references[7] ?? '', 'one-of-them', 'sh', '-c', 'echo $NUMBER')).toBe('7');
+    const layers = new Set(images.flatMap((one) => one.layers.map(({ digest }) => digest)));
+    expect(layers.size).toBe(image.layers.length + IMAGES);
+    expect(await node.served()).toEqual([...layers].sort());
+    expect((await logged(node.snapshotter, 'layer attached')).length - before).toBe(layers.size);
+    expect(await node.run(references[7] ?? '', 'one-of-them', 'cat', '/number', '/etc/motd')).toBe(
+      `7${TINY_GREETING.trimEnd()}`,
+    );
     await node.removeImages(...references);
     await node.expectNothingHeld();
   });
 });
+
+/** A tar.gz layer with a file that says which one it is. */
+function ownLayer(index: number): ComposedLayer {
+  const bytes = tar(entry({ name: 'number' }, String(index)));
+  return layerOfBytes(gzipSync(bytes), digestOf(bytes));
+}
