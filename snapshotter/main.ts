@@ -11,6 +11,7 @@ import { MetadataError } from '../metadata/errors.js';
 import { RootInUseError } from '../metadata/root-lock.js';
 import { Daemon } from './daemon.js';
 import { ServiceManager } from './service-manager.js';
+import { SocketError } from './socket.js';
 
 interface CommandLine {
   config?: string;
@@ -95,7 +96,10 @@ async function main(): Promise<void> {
 
 main().catch((error: unknown) => {
   const known =
-    error instanceof ConfigurationError || error instanceof RootInUseError || error instanceof MetadataError;
+    error instanceof ConfigurationError ||
+    error instanceof RootInUseError ||
+    error instanceof MetadataError ||
+    error instanceof SocketError;
   const text =
     error instanceof Error ? (known ? error.message : (error.stack ?? error.message)) : String(error);
   process.stderr.write(`erofs-nbd-snapshotter: ${text}\n`);
