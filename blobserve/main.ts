@@ -3,7 +3,7 @@
  * Blobserve, the data plane: started and watched by the snapshotter, answering page faults and nothing else.
  */
 import { readSync } from 'node:fs';
-import { rm } from 'node:fs/promises';
+import { chmod, rm } from 'node:fs/promises';
 import process from 'node:process';
 import * as grpc from '@grpc/grpc-js';
 import { Command, Option } from 'commander';
@@ -192,6 +192,8 @@ async function main(): Promise<void> {
       (error) => (error === null ? resolve() : reject(error)),
     );
   });
+  // It tells credentials.
+  await chmod(layout.controlSocket, 0o600);
   faultPoint('control-open');
   process.on('SIGTERM', () => stop('SIGTERM'));
   // Ctrl-C in a terminal goes to the whole group; the snapshotter decides.

@@ -2,7 +2,7 @@
  * The kubelet's image service through the snapshotter: pulls of a private image with the credentials that come with them,
  * and reads with the same, without their being written down anywhere.
  */
-import { readdir, readFile } from 'node:fs/promises';
+import { readdir, readFile, stat } from 'node:fs/promises';
 import { request } from 'node:http';
 import path from 'node:path';
 import { text } from 'node:stream/consumers';
@@ -189,7 +189,13 @@ address = ${JSON.stringify(`unix:${path.join(stack.directory, 'metrics.sock')}`)
     expect(tokens.issued).toBeGreaterThan(again);
   });
 
-  test('leaves them in no log, file, database or metric', async () => {
+  test('leaves them in no log, file, database or metric, nor would it in a core dump', async () => {
+    for (const pid of [snapshotter.pid, (await snapshotter.hello())?.pid]) {
+      expect(Number.parseInt(await readFile(`/proc/${pid}/coredump_filter`, 'utf8'), 16)).toBe(0);
+    }
+    for (const socket of [snapshotter.plugin.address, layout(snapshotter.plugin.root).controlSocket]) {
+      expect((await stat(socket)).mode & 0o777).toBe(0o600);
+    }
     const metrics = await new Promise<string>((resolve, reject) => {
       const socketPath = path.join(stack.directory, 'metrics.sock');
       request({ socketPath, path: '/metrics' }, (answer) => void text(answer).then(resolve, reject))

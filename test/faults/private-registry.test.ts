@@ -10,6 +10,7 @@ import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from
 import { RegistryRangeReader } from '../../blobserve/readers/registry-range.js';
 import { RetryReader } from '../../blobserve/readers/retry.js';
 import { DockerConfig } from '../../blobserve/registry/docker-config.js';
+import { KubernetesSecrets } from '../../blobserve/registry/kubernetes-secrets.js';
 import { parseReference } from '../../blobserve/registry/reference.js';
 import { RegistryClient } from '../../blobserve/registry/registry-client.js';
 import { DockerRegistry, noDockerRegistry } from '../docker-registry.js';
@@ -115,6 +116,56 @@ describe.skipIf(missing !== undefined)(`a registry that wants tokens ${missing ?
     expect(tokens.refused).toBe(before + 1);
     await reader.close();
     await client.close();
+  });
+});
+
+describe.skipIf(missing !== undefined)(`several pull secrets for one registry ${missing ?? ''}`, () => {
+  const write = async (name: string, host: string, pair: string) => {
+    const auth = Buffer.from(pair).toString('base64');
+    await writeFile(path.join(folder, name), JSON.stringify({ auths: { [host]: { auth } } }));
+  };
+
+  it('that wants tokens are tried in turn, and the right one first from then on', async () => {
+    const { selfSigned: identity } = makeCertificates();
+    const tokens = await TokenServer.start(identity, 2, `me:${PASSWORD}`);
+    const { service, issuer } = TokenServer;
+    const registry = await DockerRegistry.start(
+      { tokens: { realm: tokens.realm, service, issuer, certificate: identity.cert } },
+      () => `Bearer ${tokens.token('team/app', ['pull', 'push'])}`,
+    );
+    const digest = await registry.pushBlob('team/app', blob);
+    await write('a', registry.host, 'other:one');
+    await write('b', `${registry.host}/team`, 'me:of-yesterday');
+    await write('c', registry.host, `me:${PASSWORD}`);
+    const client = new RegistryClient({ credentials: new KubernetesSecrets(folder) });
+    const reader = open(client, registry.host, digest);
+    await readSome(reader, 0);
+    expect([tokens.refused, tokens.issued]).toEqual([2, 1]);
+    // Until a token is over and another one has been asked for.
+    while (tokens.issued < 3) {
+      await readSome(reader, 100_000);
+      await new Promise((resolve) => setTimeout(resolve, 100));
+    }
+    expect(tokens.refused).toBe(2);
+    await reader.close();
+    await client.close();
+    await registry.stop();
+    await tokens.stop();
+  });
+
+  it('that wants passwords are tried in turn', async () => {
+    const basic = `Basic ${Buffer.from(`me:${PASSWORD}`).toString('base64')}`;
+    const registry = await DockerRegistry.start({ htpasswd: HTPASSWD }, basic);
+    const digest = await registry.pushBlob('team/app', blob);
+    await write('a', registry.host, 'other:one');
+    await write('b', registry.host, `me:${PASSWORD}`);
+    const client = new RegistryClient({ credentials: new KubernetesSecrets(folder) });
+    const reader = open(client, registry.host, digest);
+    await readSome(reader, 0);
+    await readSome(reader, 100_000);
+    await reader.close();
+    await client.close();
+    await registry.stop();
   });
 });
 
