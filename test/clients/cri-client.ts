@@ -8,7 +8,8 @@ import { patience } from '../patience.js';
 const { root } = protobuf.parse(`syntax = "proto3"; package runtime.v1;
 message ImageSpec { string image = 1; }
 message AuthConfig { string username = 1; string password = 2; string identity_token = 5; }
-message PullImageRequest { ImageSpec image = 1; AuthConfig auth = 2; }
+message PodSandboxConfig { map<string, string> annotations = 7; }
+message PullImageRequest { ImageSpec image = 1; AuthConfig auth = 2; PodSandboxConfig sandbox_config = 3; }
 message PullImageResponse { string image_ref = 1; }
 message RemoveImageRequest { ImageSpec image = 1; }
 message RemoveImageResponse {}
@@ -39,6 +40,11 @@ export class CriClient {
 
   pull(image: string, auth?: PullAuth): Promise<unknown> {
     return this.#call('PullImage', { image: { image }, ...(auth && { auth }) });
+  }
+
+  /** With the annotations of the pod that the image is for. */
+  pullFor(image: string, annotations: Readonly<Record<string, string>>): Promise<unknown> {
+    return this.#call('PullImage', { image: { image }, sandboxConfig: { annotations } });
   }
 
   list(): Promise<unknown> {

@@ -8,14 +8,28 @@ import { checkout } from '../debian/packages.js';
 import { architecture } from '../image/oci-layout.js';
 import type { ProxyPlugin } from '../stack/containerd.js';
 
-/** The first block of TOML of a page, with the paths of a private node. */
-export async function documented(page: string): Promise<(plugin: ProxyPlugin) => string> {
-  const text = await readFile(path.join(checkout, 'docs', 'clients', page), 'utf8');
-  const [, block = ''] = /^```toml\n([\s\S]*?)^```$/m.exec(text) ?? [];
-  expect(block).toContain('/run/erofs-nbd/snapshotter.sock');
+/**
+ * The first block of TOML of a page, with the paths of a private node.
+ *
+ * @param some what is in the block of the page for Kubernetes that is to be taken in place of "Kubernetes only"
+ */
+export async function documented(page: string, some?: string): Promise<(plugin: ProxyPlugin) => string> {
+  const [first = ''] = await blocksOf(page);
+  expect(first).toContain('/run/erofs-nbd/snapshotter.sock');
+  const wanted = (await blocksOf('kubernetes.md')).filter(
+    (block) => some !== undefined && block.includes(some),
+  );
+  expect(wanted).toHaveLength(some === undefined ? 0 : 1);
+  const [kept = ''] = some === undefined ? [first] : first.split('# Kubernetes only');
+  const pasted = [kept, ...wanted].join('\n');
   return ({ address, root }) =>
-    block
+    pasted
       .replaceAll('/run/erofs-nbd/snapshotter.sock', address)
       .replaceAll('/var/lib/erofs-nbd', root)
       .replaceAll('linux/amd64', `linux/${architecture()}`);
+}
+
+async function blocksOf(page: string): Promise<string[]> {
+  const text = await readFile(path.join(checkout, 'docs', 'clients', page), 'utf8');
+  return [...text.matchAll(/^```toml\n([\s\S]*?)^```$/gm)].map(([, block = '']) => block);
 }

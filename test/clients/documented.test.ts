@@ -67,3 +67,43 @@ describe.each(suites)('on %s, the configuration of %s', (version, page) => {
     await node.expectNothingHeld();
   });
 });
+
+describe.each(
+  (
+    [
+      ['trixie', 'containerd-1.md', 'grpc.v1.cri'],
+      ['sid', 'containerd-2.md', 'cri.v1.runtime'],
+    ] as const
+  ).filter(([suite]) => all || suite === 'sid'),
+)('on %s, the runtime of a RuntimeClass', (version, page, some) => {
+  let node: ClientNode;
+  let image: Image;
+  let reference: string;
+
+  beforeAll(async () => {
+    if (missing !== undefined) return;
+    node = await ClientNode.start({ version, cri: true, pasted: await documented(page, some) });
+    image = await buildTinyImage({ format: 'tar+gzip' });
+    reference = await node.registry.push(image, 'team/tiny:1');
+  });
+  afterAll(async () => {
+    await node?.stack.remove();
+  });
+
+  test('lets the kubelet pull lazily for pods that name it, and for others as before', async () => {
+    const cri = new CriClient(node.containerd.address);
+    try {
+      await cri.pullFor(reference, { 'io.containerd.cri.runtime-handler': 'erofs-nbd' });
+      expect(await node.downloaded(image, 'k8s.io')).toEqual([]);
+      expect(await node.served()).toEqual(image.layers.map(({ digest }) => digest).sort());
+      await cri.remove(reference);
+      await node.expectNothingHeld();
+      await cri.pull(reference);
+      expect(await node.downloaded(image, 'k8s.io')).toHaveLength(image.layers.length);
+      expect(await node.served()).toEqual([]);
+      await cri.remove(reference);
+    } finally {
+      cri.close();
+    }
+  });
+});
