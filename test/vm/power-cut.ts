@@ -61,7 +61,10 @@ async function makeBlobs(directory: string): Promise<void> {
     const blob = withIdentity(image, number);
     await writeFile(path.join(blobs, 'sha256', createHash('sha256').update(blob).digest('hex')), blob);
   }
-  await writeFile(path.join(blobs, 'geometry.json'), JSON.stringify({ blocks: image.length / 65_536 - 4 }));
+  await writeFile(
+    path.join(blobs, 'geometry.json'),
+    JSON.stringify({ blocks: Math.floor(image.length / 65_536) - 4 }),
+  );
 }
 
 /** One that is free here is free in the machine, which has no others. */

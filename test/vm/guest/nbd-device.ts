@@ -325,6 +325,24 @@ const checks: [string, () => Promise<void>][] = [
     },
   ],
   [
+    'a device of another tool is left alone, and is not in the way',
+    async () => {
+      const theirs = await Server.start('another-tool', 'memory');
+      assert.equal(await theirs.attached(), 'new');
+      const ours = await Server.start('erofs-nbd:beside', 'memory');
+      assert.equal(await ours.attached(), 'new');
+      assert.notEqual(ours.device, theirs.device);
+      await ours.detach();
+      // A start of ours looks at every device of the kernel.
+      const backend = await NbdBackend.open({ log: silentLogger });
+      assert.equal(await backend.disconnect('erofs-nbd:beside'), false);
+      await backend.close();
+      assert.ok((await connected()).includes('another-tool'));
+      assert.ok((await read(theirs.device, 0, MIB, true)).equals(pattern(0, MIB)));
+      await theirs.detach();
+    },
+  ],
+  [
     'a device disconnected by someone else is noticed, and detaching it is no error',
     async () => {
       const server = await Server.start('erofs-nbd:stolen', 'memory');
