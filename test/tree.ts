@@ -46,14 +46,15 @@ export type Tree = ReadonlyMap<string, TreeEntry>;
  * @param options.contents false leaves the files' data unread
  */
 export function readTree(root: string, options: { contents?: boolean } = {}): Tree {
-  const paths: string[] = [];
+  const paths = ['.'];
   const todo = ['.'];
   for (let path = todo.pop(); path !== undefined; path = todo.pop()) {
-    paths.push(path);
-    const full = under(root, path);
-    if (!lstatSync(full).isDirectory()) continue;
-    for (const name of readdirSync(full, { encoding: 'buffer' })) {
-      todo.push(path === '.' ? name.toString('latin1') : `${path}/${name.toString('latin1')}`);
+    // The types tell which to go into; that they are right is compared below.
+    for (const entry of readdirSync(under(root, path), { encoding: 'buffer', withFileTypes: true })) {
+      const name = entry.name.toString('latin1');
+      const found = path === '.' ? name : `${path}/${name}`;
+      paths.push(found);
+      if (entry.isDirectory()) todo.push(found);
     }
   }
   paths.sort();

@@ -3,7 +3,7 @@
  * layers, one blob twice, a configuration that does not tell the truth.
  */
 import { createHash } from 'node:crypto';
-import { copyFile, mkdir, mkdtemp, writeFile } from 'node:fs/promises';
+import { copyFile, mkdir, mkdtemp, symlink, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { blobPath, type Blob } from './layer-blob.js';
 import type { Image, ImageConfiguration } from './oci-layout.js';
@@ -19,6 +19,8 @@ export interface ComposedLayer {
   readonly diffId: string;
   /** Where its bytes are: the layout of another image, or they themselves. */
   readonly from: string | Buffer;
+  /** The layout only gets a link to them: the other one stays as long as it does. */
+  readonly linked?: boolean;
 }
 
 /** `sha256:<hex>` */
@@ -51,9 +53,10 @@ export async function composeImage(
 ): Promise<Image> {
   const layout = await mkdtemp(path.join(scratch, 'image-'));
   await mkdir(path.join(layout, 'blobs', 'sha256'), { recursive: true });
-  for (const { blob, from } of layers) {
+  for (const { blob, from, linked } of layers) {
     const target = blobPath(layout, blob.digest);
-    if (typeof from === 'string') await copyFile(blobPath(from, blob.digest), target);
+    if (typeof from === 'string' && linked === true) await symlink(blobPath(from, blob.digest), target);
+    else if (typeof from === 'string') await copyFile(blobPath(from, blob.digest), target);
     else await writeFile(target, from);
   }
   const keep = async (mediaType: string, content: unknown): Promise<Blob> => {

@@ -2,7 +2,7 @@
  * Debian's docker-registry on loopback, with a proxy before it that counts what leaves: the one place where bytes
  * fetched cannot be told smaller than they were.
  */
-import { mkdir, readFile, writeFile } from 'node:fs/promises';
+import { mkdir, readFile, symlink, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import type { Image } from '../image/oci-layout.js';
 import { program } from '../debian/packages.js';
@@ -25,6 +25,13 @@ export interface Registry {
    * @returns the reference to pull it by
    */
   push(image: Image, name: string): Promise<string>;
+  /**
+   * Puts a blob where the registry's storage has it, without uploading or copying: of large ones, that takes minutes on a
+   * machine that emulates every instruction.
+   *
+   * @param file stays where it is
+   */
+  place(repository: string, digest: string, file: string): Promise<void>;
   stop(): Promise<void>;
 }
 
@@ -68,6 +75,15 @@ export async function startRegistry({ directory }: { directory: string }): Promi
     push: async (image, name) => {
       await pushImage(image, directAddress, name);
       return `${proxy.address}/${name}`;
+    },
+    place: async (repository, digest, file) => {
+      const [algorithm = '', hex = ''] = digest.split(':');
+      const storage = path.join(home, 'docker', 'registry', 'v2');
+      const blob = path.join(storage, 'blobs', algorithm, hex.slice(0, 2), hex);
+      const link = path.join(storage, 'repositories', repository, '_layers', algorithm, hex);
+      for (const directory of [blob, link]) await mkdir(directory, { recursive: true });
+      await symlink(file, path.join(blob, 'data'));
+      await writeFile(path.join(link, 'link'), digest);
     },
     stop: async () => {
       await proxy.stop();

@@ -1,6 +1,7 @@
 /**
  * A node without containerd: a registry, our daemons, and a client that asks for the layers of an image as containerd does.
  */
+import { mkdir } from 'node:fs/promises';
 import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { status } from '@grpc/grpc-js';
@@ -8,6 +9,7 @@ import { layout } from '../../daemon/layout.js';
 import { indexFiles, type LayerIndexFiles } from '../../blobserve/layer/index/layer-index.js';
 import type { Mount } from '../../snapshotter/overlay.js';
 import { composeImage, digestOf, type ComposedLayer } from '../image/composed-image.js';
+import { blobPath } from '../image/layer-blob.js';
 import type { Image } from '../image/oci-layout.js';
 import { CallError } from '../../proto/unary-call.js';
 import { patience } from '../patience.js';
@@ -41,8 +43,15 @@ export class LayerNode {
 
   private constructor(readonly stack: Stack) {}
 
-  static async start(configuration: string): Promise<LayerNode> {
+  /** @param prepare puts things below the root before anybody looks there */
+  static async start(
+    configuration: string,
+    prepare: (root: string) => Promise<void> = () => Promise.resolve(),
+  ): Promise<LayerNode> {
     const node = new LayerNode(await Stack.create());
+    const { root } = node.stack.plugin();
+    await mkdir(root, { recursive: true });
+    await prepare(root);
     node.registry = await node.stack.startRegistry();
     node.snapshotter = await node.stack.startSnapshotter({ configuration });
     node.client = new SnapshotsClient(node.snapshotter.plugin.address);
@@ -66,6 +75,10 @@ export class LayerNode {
 
   async push(name: string, layers: readonly ComposedLayer[]): Promise<PushedImage> {
     const image = await composeImage(this.stack.directory, layers, {});
+    for (const { blob, from, linked } of layers) {
+      if (linked !== true || typeof from !== 'string') continue;
+      await this.registry.place(name, blob.digest, blobPath(from, blob.digest));
+    }
     return { ...image, reference: await this.registry.push(image, `${name}:latest`) };
   }
 

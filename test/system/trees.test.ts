@@ -3,23 +3,24 @@
  * where the tar has it, and the mounted tree is the one that GNU tar extracts and that mkfs.erofs makes.
  *
  * `TREES=all` takes all layers, which is the default unless EROFS_NBD_BRIEF is set; `TREES=small` only those of a few
- * megabytes.
+ * megabytes; `TREES=many,large` those named.
  */
-import { mkdir } from 'node:fs/promises';
+import { existsSync } from 'node:fs';
+import { cp, mkdir } from 'node:fs/promises';
 import path from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { patience } from '../patience.js';
 import { leftovers } from '../stack/leftovers.js';
 import { compareDevice, compareMountedTree } from '../trees/compare.js';
-import { buildRealLayer, LAYERS_OF, type RealLayer, type RealLayerName } from '../trees/real-layers.js';
+import { buildRealLayer, chosenLayers, type RealLayer, type RealLayerName } from '../trees/real-layers.js';
 import { LayerNode, type ServedLayer } from './layer-node.js';
 import { withMounts } from './mounts.js';
 import { backendOf, brief, expectedBackend, missingForSystemTests } from './requirements.js';
 
 const missing = await missingForSystemTests();
-const chosen = process.env['TREES'] ?? (brief ? 'small' : 'all');
-if (chosen !== 'all' && chosen !== 'small') throw new Error(`TREES=${chosen}: wanted all or small`);
-const NAMES: readonly RealLayerName[] = LAYERS_OF[chosen];
+/** What is compared is what is inflated, and nothing else is done meanwhile. */
+const CONFIGURATION = 'version = 1\n[cache]\nmaterialise = false\n[background]\ndelay = "1d"\n';
+const NAMES = chosenLayers(process.env['TREES'] ?? (brief ? 'small' : 'all'));
 
 describe('layers of Debian packages', () => {
   let node: LayerNode;
@@ -36,7 +37,12 @@ describe('layers of Debian packages', () => {
       whyNot = error.message;
       return;
     }
-    node = await LayerNode.start('version = 1\n');
+    node = await LayerNode.start(CONFIGURATION, async (root) => {
+      // A machine that would take minutes to fetch and to index a large layer finds it as another has it that did.
+      for (const layer of brief ? real : []) {
+        if (existsSync(layer.node)) await cp(layer.node, root, { recursive: true });
+      }
+    });
     const find = (name: RealLayerName): RealLayer => real.find((layer) => layer.name === name) as RealLayer;
     const images = [['attributes'], ['base', 'whiteouts'], ['many'], ['large']] as const;
     for (const names of images) {
@@ -92,22 +98,33 @@ describe('layers of Debian packages', () => {
     );
   }
 
-  test('whiteouts: over the base is the tree of tar -x over the base', 'whiteouts', async (real, served) => {
-    const target = path.join(node.stack.directory, 'merged');
-    await mkdir(target);
-    await withMounts(await node.viewMounts('test/merged', served), target, async () => {
-      // Overlay counts no links of directories.
-      const { differences, entries } = await compareMountedTree(target, [real.trees.merged ?? ''], ['nlink']);
-      expect(differences).toEqual({ 'merged.jsonl': [] });
-      expect(entries).toBeGreaterThan(real.entries);
-    });
-  });
+  if (NAMES.includes('whiteouts')) {
+    test(
+      'whiteouts: over the base is the tree of tar -x over the base',
+      'whiteouts',
+      async (real, served) => {
+        const target = path.join(node.stack.directory, 'merged');
+        await mkdir(target);
+        await withMounts(await node.viewMounts('test/merged', served), target, async () => {
+          // Overlay counts no links of directories.
+          const { differences, entries } = await compareMountedTree(
+            target,
+            [real.trees.merged ?? ''],
+            ['nlink'],
+          );
+          expect(differences).toEqual({ 'merged.jsonl': [] });
+          expect(entries).toBeGreaterThan(real.entries);
+        });
+      },
+    );
+  }
 
-  if (chosen === 'all') {
-    it('are of the sizes that they are meant to be', (context) => {
-      if (whyNot !== undefined) return context.skip(whyNot);
-      expect(layers.get('many')?.real.entries).toBeGreaterThan(100_000);
-      expect(layers.get('large')?.real.tarBytes).toBeGreaterThan(2 ** 30);
+  const sizes = { many: 'entries', large: 'tarBytes' } as const;
+  for (const name of ['many', 'large'] as const) {
+    if (!NAMES.includes(name)) continue;
+    test(`${name}: is as large as it is meant to be`, name, (real) => {
+      expect(real[sizes[name]]).toBeGreaterThan(name === 'many' ? 100_000 : 2 ** 30);
+      return Promise.resolve();
     });
   }
 

@@ -21,6 +21,13 @@ import path from 'node:path';
 import { pipeline } from 'node:stream/promises';
 import { createGzip } from 'node:zlib';
 import { execa } from 'execa';
+import { indexFiles, writeIndexRecord } from '../../blobserve/layer/index/layer-index.js';
+import { LayerScan } from '../../blobserve/layer/index/layer-scan.js';
+import { CacheReader } from '../../blobserve/readers/cache.js';
+import { FileReader } from '../../blobserve/readers/file.js';
+import { parseConfiguration } from '../../daemon/configuration.js';
+import { layout } from '../../daemon/layout.js';
+import { silentLogger } from '../../daemon/log.js';
 import { cacheDirectory, fetchPackages } from '../debian/packages.js';
 import { whyNoErofsMount } from '../erofs-mount.js';
 import { fetchErofsUtils } from '../erofs-utils.js';
@@ -78,6 +85,23 @@ export const LAYERS_OF = {
   all: ['attributes', 'base', 'whiteouts', 'many', 'large'],
 } as const satisfies Record<string, readonly RealLayerName[]>;
 
+/**
+ * The layers that `TREES` names: `small`, `all` and names of layers, with commas between. A layer that lies on another comes
+ * with it.
+ *
+ * @throws {Error} there is no such layer
+ */
+export function chosenLayers(text: string): readonly RealLayerName[] {
+  const names: string[] = text
+    .split(',')
+    .flatMap((name) => (name === 'small' || name === 'all' ? LAYERS_OF[name] : [name]));
+  const unknown = names.find((name) => !(name in RECIPES));
+  if (unknown !== undefined)
+    throw new Error(`TREES=${text}: ${unknown} is neither small nor all nor a layer`);
+  if (names.includes('whiteouts')) names.push('base');
+  return LAYERS_OF.all.filter((name) => names.includes(name));
+}
+
 /** A layer and what it has to be equal to. */
 export interface RealLayer {
   readonly name: RealLayerName;
@@ -85,6 +109,8 @@ export interface RealLayer {
   /** Files: the layer's blob, and its tar. */
   readonly blob: string;
   readonly tar: string;
+  /** Directory that may have what a node has of the layer, see {@link prepareForNode}. */
+  readonly node: string;
   /** Entries of the tree, the root included. */
   readonly entries: number;
   readonly tarBytes: number;
@@ -132,9 +158,10 @@ export async function buildRealLayer(name: RealLayerName): Promise<RealLayer> {
   const mediaType = 'application/vnd.oci.image.layer.v1.tar+gzip';
   return {
     name,
-    composed: { blob: { mediaType, digest, size }, diffId, from },
+    composed: { blob: { mediaType, digest, size }, diffId, from, linked: true },
     blob: path.join(from, 'blobs', ...digest.split(':')),
     tar: at('layer.tar'),
+    node: at('node'),
     entries,
     tarBytes,
     trees: {
@@ -143,6 +170,50 @@ export async function buildRealLayer(name: RealLayerName): Promise<RealLayer> {
       merged: base === undefined ? undefined : at('merged.jsonl'),
     },
   };
+}
+
+/**
+ * Makes what a node has of the layer that has had all of it, as this checkout makes it: its index, and its blob in the cache.
+ * For machines that would take minutes to make it themselves; below `node` beside the layer, as below a root directory.
+ */
+export async function prepareForNode(real: RealLayer): Promise<void> {
+  const { index, cache } = parseConfiguration('', 'default');
+  const { digest, size } = real.composed.blob;
+  const making = await mkdtemp(`${real.node}-`);
+  try {
+    const places = layout(making);
+    const files = indexFiles(places.index, digest);
+    const scan = await LayerScan.start({
+      files,
+      compression: 'gzip',
+      spanSize: index.span_size,
+      maxUncompressedBytes: index.max_uncompressed,
+    });
+    const blob = await CacheReader.open(await FileReader.open({ path: real.blob, size }), {
+      dir: places.cache,
+      digest,
+      spanSize: cache.span_size,
+      log: silentLogger,
+    });
+    const piece = Buffer.alloc(1 << 20);
+    for (let at = 0; at < size; at += piece.length) {
+      const part = piece.subarray(0, Math.min(piece.length, size - at));
+      await blob.read(part, at);
+      await scan.write(part);
+    }
+    const record = await scan.finish();
+    await blob.settled();
+    const complete = blob.allCached;
+    await blob.close();
+    if (record.digest !== digest || record.diffId !== real.composed.diffId || !complete) {
+      throw new Error(`layer ${real.name} is not what it was when it was built: ${JSON.stringify(record)}`);
+    }
+    await writeIndexRecord(files, record);
+    await rm(real.node, { recursive: true, force: true });
+    await rename(making, real.node);
+  } finally {
+    await rm(making, { recursive: true, force: true });
+  }
 }
 
 /** Content of `layer.json`, which is written last. */

@@ -8,8 +8,8 @@ export async function writeTree(file: string, tree: Tree): Promise<void> {
   const handle = await open(file, 'w');
   try {
     let lines: string[] = [];
-    for (const [path, { mtimeNs, ...entry }] of tree) {
-      lines.push(JSON.stringify([path, String(mtimeNs), entry]));
+    for (const [path, entry] of tree) {
+      lines.push(lineOf(path, entry));
       if (lines.length < 1000) continue;
       await handle.appendFile(`${lines.join('\n')}\n`);
       lines = [];
@@ -18,6 +18,20 @@ export async function writeTree(file: string, tree: Tree): Promise<void> {
   } finally {
     await handle.close();
   }
+}
+
+function lineOf(path: string, { mtimeNs, ...entry }: TreeEntry): string {
+  return JSON.stringify([path, String(mtimeNs), entry]);
+}
+
+/** Whether the file is what `writeTree` would make of the tree: much faster to find out than how they differ. */
+export async function isTreeFile(file: string, tree: Tree): Promise<boolean> {
+  const entries = tree[Symbol.iterator]();
+  for await (const line of createInterface({ input: createReadStream(file) })) {
+    const next = entries.next();
+    if (next.done === true || lineOf(...next.value) !== line) return false;
+  }
+  return entries.next().done === true;
 }
 
 /** @throws when the file is not there or not whole */

@@ -1,13 +1,13 @@
 /**
  * Fetches and builds what the tests need that run in the test machine, which has no network: programs and images.
- * `TREES=all` also the layers that only test-vm.sh --trees runs.
+ * Of the layers of test/trees those that `TREES` names, the large ones as a node has them that had all of them.
  */
 import { mountErofs } from '../debian/mount-erofs.js';
 import { containerdFrom, program } from '../debian/packages.js';
 import { fetchErofsUtils } from '../erofs-utils.js';
 import { buildDebianImage } from '../image/debian-image.js';
 import { buildTinyImage } from '../image/tiny-image.js';
-import { buildRealLayer, LAYERS_OF } from '../trees/real-layers.js';
+import { buildRealLayer, chosenLayers, prepareForNode } from '../trees/real-layers.js';
 
 await containerdFrom('sid');
 for (const name of ['runc', 'docker-registry', 'mkfs.erofs', 'busybox', 'setfattr'] as const)
@@ -18,4 +18,7 @@ for (const format of ['erofs', 'erofs-lz4hc', 'tar', 'tar+gzip'] as const) await
 if (process.env['EROFS_NBD_VM_CRASH'] === 'yes') await buildDebianImage({ format: 'erofs' });
 fetchErofsUtils();
 await mountErofs();
-for (const name of LAYERS_OF[process.env['TREES'] === 'all' ? 'all' : 'small']) await buildRealLayer(name);
+for (const name of chosenLayers(process.env['TREES'] ?? 'small')) {
+  const layer = await buildRealLayer(name);
+  if (name === 'many' || name === 'large') await prepareForNode(layer);
+}

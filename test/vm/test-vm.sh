@@ -23,7 +23,7 @@ export EROFS_NBD_BRIEF=1
 memory=3 timeout=1080
 if [ "${1:-}" = --trees ]; then
   memory=8 timeout=5400
-  export TREES=all DEVICES=no WORK_SIZE=3800M EROFS_NBD_SLOW=${EROFS_NBD_SLOW:-30} SYSTEM_TIMEOUT=${SYSTEM_TIMEOUT:-5200}
+  export TREES=${TREES:-all} DEVICES=no WORK_SIZE=3800M EROFS_NBD_SLOW=${EROFS_NBD_SLOW:-30} SYSTEM_TIMEOUT=${SYSTEM_TIMEOUT:-5200}
   set -- test/system/trees.test.ts
 fi
 command=
