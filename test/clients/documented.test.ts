@@ -5,6 +5,7 @@ import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import type { ContainerdSuite } from '../debian/packages.js';
 import type { Image } from '../image/oci-layout.js';
 import { buildTinyImage, TINY_GREETING } from '../image/tiny-image.js';
+import type { ProxyPlugin } from '../stack/containerd.js';
 import { missingForSystemTests } from '../system/requirements.js';
 import { CriClient } from './cri-client.js';
 import { documented } from './documentation.js';
@@ -104,6 +105,34 @@ describe.each(
       await cri.remove(reference);
     } finally {
       cri.close();
+    }
+  });
+});
+
+describe('behind what k3s writes for a snapshotter that it does not know, the lines of k3s.md', () => {
+  /** k3s, pkg/agent/templates: only its own snapshotters are given labels. */
+  const BASE = `version = 3
+[plugins."io.containerd.cri.v1.images"]
+  snapshotter = "erofs-nbd"
+  disable_snapshot_annotations = true
+`;
+
+  test('let the kubelet pull lazily', async () => {
+    const lines = await documented('k3s.md');
+    const pasted = (plugin: ProxyPlugin): string => `${BASE}${lines(plugin)}`;
+    const node = await ClientNode.start({ version: 'sid', cri: true, pasted });
+    const cri = new CriClient(node.containerd.address);
+    try {
+      const image = await buildTinyImage({ format: 'tar+gzip' });
+      const reference = await node.registry.push(image, 'team/tiny:1');
+      await cri.pull(reference);
+      expect(await node.downloaded(image, 'k8s.io')).toEqual([]);
+      expect(await node.served()).toEqual(image.layers.map(({ digest }) => digest).sort());
+      await cri.remove(reference);
+      await node.expectNothingHeld();
+    } finally {
+      cri.close();
+      await node.stack.remove();
     }
   });
 });
