@@ -2,7 +2,7 @@
  * What clients do with an image after they have pulled it, on every containerd: the cells of a matrix of commands and
  * versions, with the real programs.
  */
-import { mkdir, readFile } from 'node:fs/promises';
+import { chmod, mkdir, readFile } from 'node:fs/promises';
 import path from 'node:path';
 import { execa } from 'execa';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
@@ -139,6 +139,22 @@ describe.each(Object.entries(VERSIONS) as [ContainerdSuite, string][])(
       }
       await snapshots('rm', 'look');
       await snapshots('rm', 'committed-by-hand');
+    });
+
+    test('runs a container in a user namespace, on a copy with other owners that its client makes', async () => {
+      // The container's root is nobody outside, and has to get through to the mount. The image has a file of 200,000.
+      await chmod(node.stack.directory, 0o711);
+      const choice = [
+        '--snapshotter',
+        'erofs-nbd',
+        '--uidmap',
+        '0:100000:300000',
+        '--gidmap',
+        '0:100000:300000',
+      ];
+      const look = 'stat -c %u:%g /etc/motd /data/owned; touch /root/made && cat /etc/motd';
+      const said = await ctr('run', '--rm', ...choice, reference, 'mapped', 'sh', '-c', look);
+      expect(said.split('\n')).toEqual(['0:0', '1000:1001', GREETING]);
     });
 
     test('mounts the image and unmounts it', async () => {

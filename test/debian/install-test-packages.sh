@@ -18,6 +18,7 @@ curl curl
 openssl openssl
 xz xz-utils
 git git
+python3 python3
 '
 export PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin DEBIAN_FRONTEND=noninteractive
 missing=()
