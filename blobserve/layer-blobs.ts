@@ -17,7 +17,7 @@ import { CacheSpace } from './readers/cache-space.js';
 import { FetchSlots } from './readers/fetch-slots.js';
 import { RegistryRangeReader } from './readers/registry-range.js';
 import { RetryReader } from './readers/retry.js';
-import { parseReference, registryHost, type Reference } from './registry/reference.js';
+import { ImageReferenceError, parseReference, registryHost, type Reference } from './registry/reference.js';
 import type { RegistryClient } from './registry/registry-client.js';
 
 export interface LayerBlobsOptions {
@@ -213,7 +213,8 @@ export class LayerBlobs {
 }
 
 /**
- * Where the blob of a layer may be had from, in the order to ask in.
+ * Where the blob of a layer may be had from, in the order to ask in. Of the other images, those that make no sense are left
+ * out: the layer does not depend on them.
  *
  * @throws {ImageReferenceError} the source makes no sense
  */
@@ -221,7 +222,15 @@ export function referencesOf({
   imageRef,
   otherImageRefs,
 }: control.LayerSource.$Properties): [Reference, ...Reference[]] {
-  return [parseReference(imageRef ?? ''), ...(otherImageRefs ?? []).map(parseReference)];
+  const others = (otherImageRefs ?? []).flatMap((other) => {
+    try {
+      return [parseReference(other)];
+    } catch (error) {
+      if (!(error instanceof ImageReferenceError)) throw error;
+      return [];
+    }
+  });
+  return [parseReference(imageRef ?? ''), ...others];
 }
 
 /** @param text `22:00-06:00`, or nothing */

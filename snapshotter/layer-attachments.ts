@@ -290,7 +290,7 @@ export class LayerAttachments {
   async alsoFrom(layerIds: readonly number[], imageRef: string): Promise<void> {
     for (const layerId of layerIds) {
       const layer = this.#layers.find(layerId);
-      if (layer === undefined) continue;
+      if (layer === undefined || [layer.imageRef, ...layer.otherImageRefs].includes(imageRef)) continue;
       try {
         await this.#locks.run(layer.digest, async () => {
           if (this.#layers.isUsed(layerId)) await this.#record({ ...layer, imageRef });

@@ -7,6 +7,7 @@ import { chownSync, lstatSync, mkdirSync } from 'node:fs';
 import { mkdir, readdir, rename, rm } from 'node:fs/promises';
 import path from 'node:path';
 import { status } from '@grpc/grpc-js';
+import { ImageReferenceError, parseReference } from '../blobserve/registry/reference.js';
 import { faultPoint } from '../daemon/fault-point.js';
 import type { Layout } from '../daemon/layout.js';
 import type { Logger } from '../daemon/log.js';
@@ -22,7 +23,13 @@ import { layerUsage } from './layer-usage.js';
 import type { LayerAttachments } from './layer-attachments.js';
 import { KeyedLock } from './keyed-lock.js';
 import type { LayerFinder } from './layer-finder.js';
-import { chainIdOfSnapshot, checkChainId, LABEL_SNAPSHOT_REF } from './layer-reference.js';
+import {
+  chainIdOfSnapshot,
+  checkChainId,
+  LABEL_SNAPSHOT_REF,
+  LabelError,
+  layerReference,
+} from './layer-reference.js';
 import { snapshotMounts, type Mount } from './overlay.js';
 
 type Labels = Readonly<Record<string, string>>;
@@ -200,7 +207,11 @@ export class Snapshotter {
 
   async #prepareLayer(chainId: string, key: string, parent: string, labels: Labels): Promise<boolean> {
     return this.#chainLocks.run(`${chainId}\0${parent}`, async () => {
-      if (this.#snapshots.findByChain(chainId, parent) !== undefined) return true;
+      const there = this.#snapshots.findByChain(chainId, parent);
+      if (there !== undefined) {
+        await this.#knowImage(there.name, labels);
+        return true;
+      }
       const layer = await this.#options.finder.find(labels, key);
       if (layer === undefined) return false;
       const parentChainId = parent === '' ? '' : chainIdOfSnapshot(this.#snapshots.stat(parent));
@@ -222,6 +233,22 @@ export class Snapshotter {
       this.#log.info({ key, layer: layer.digest, image: layer.imageRef }, 'layer is served lazily');
       return true;
     });
+  }
+
+  /** An image whose layer is there already has it in its repository too. */
+  async #knowImage(name: string, labels: Labels): Promise<void> {
+    const { layerId } = this.#snapshots.get(name);
+    if (layerId === null) return;
+    try {
+      const image = layerReference(labels);
+      if (image?.layerDigest !== this.#options.layers.get(layerId).digest) return;
+      parseReference(image.imageRef);
+      await this.#attachments.alsoFrom([layerId], image.imageRef);
+    } catch (error) {
+      // Nothing was asked of it.
+      if (!(error instanceof LabelError) && !(error instanceof ImageReferenceError)) throw error;
+      this.#log.debug({ err: error }, 'labels of a layer that is there make no sense');
+    }
   }
 
   /** Layers of a snapshot and its parents that an image has too: containerd does not ask for what is there. */
