@@ -34,13 +34,11 @@ export async function recovery(arguments_: string[]): Promise<void> {
     const { image, data } = await smallErofs(stack.directory, MIB);
     let snapshotter = await stack.startSnapshotter({ logLevel: 'info' });
     const client = new SnapshotsClient(snapshotter.plugin.address);
-    let parent = '';
     for (let number = 1; number <= wanted; number += 1) {
       const layer = registry.addLayer(withIdentity(image, number));
-      await client.prepare(`bench/${number}`, parent, layer.labels).catch(() => undefined);
+      await client.prepare(`bench/${number}`, '', layer.labels).catch(() => undefined);
       const [info] = await client.list(`labels."containerd.io/snapshot.ref"==${layer.chainId}`);
       if (info === undefined) throw new Error(`layer ${number} was not attached; see ${snapshotter.log}`);
-      parent = info.name;
     }
     const { layers } = layout(snapshotter.plugin.root);
     const files = (await readdir(layers)).map((name) => path.join(layers, name, 'fs', 'data'));
