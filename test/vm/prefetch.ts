@@ -2,6 +2,7 @@
  * Fetches and builds what the tests need that run in the test machine, which has no network: programs and images.
  * Of the layers of test/trees those that `TREES` names, the large ones as a node has them that had all of them.
  */
+import { buildGoPrograms } from '../conformance/go-programs.js';
 import { mountErofs } from '../debian/mount-erofs.js';
 import { containerdFrom, program } from '../debian/packages.js';
 import { fetchErofsUtils } from '../erofs-utils.js';
@@ -14,6 +15,8 @@ for (const name of ['runc', 'docker-registry', 'mkfs.erofs', 'busybox', 'setfatt
   await program(name);
 // The kinds of layers that test/system asks for.
 for (const format of ['erofs', 'erofs-lz4hc', 'tar', 'tar+gzip'] as const) await buildTinyImage({ format });
+// Compiled outside, where it takes a minute.
+if (process.env['EROFS_NBD_VM_CONFORMANCE'] === 'yes') await buildGoPrograms();
 // What the crash test has a container read.
 if (process.env['EROFS_NBD_VM_CRASH'] === 'yes') await buildDebianImage({ format: 'erofs' });
 fetchErofsUtils();

@@ -4,6 +4,7 @@
 #   test-vm.sh [TEST-FILE...]           default: see TESTS below
 #   test-vm.sh crash [ARGUMENT...]      daemons are killed under a container (npm run test:crash); default: 8 random moments,
 #                                       the fault points of nbd
+#   test-vm.sh conformance              containerd's own snapshotter suite (npm run conformance), beside its overlayfs there
 #   test-vm.sh reboot                   the machine is rebooted under containers, and comes up without a registry
 #   test-vm.sh power-cut [--cuts N]     its power is cut while the cache and SQLite are written, 20 times
 #   test-vm.sh --trees                  all layers of test/system/trees.test.ts, also the large ones: half an hour and 8 GiB
@@ -34,6 +35,12 @@ case ${1:-} in
     export EROFS_NBD_VM_CRASH=yes WORK_SIZE=${WORK_SIZE:-1800M}
     memory=4 timeout=2400
     [ $# -gt 0 ] || set -- --kills 8 --files 400 --points nbd-sockets-made,nbd-connected,nbd-settled,nbd-disconnected
+    ;;
+  conformance)
+    command=conformance
+    shift
+    export EROFS_NBD_VM_CONFORMANCE=yes
+    memory=2 timeout=3600
     ;;
   reboot | power-cut)
     command=$1
@@ -94,7 +101,7 @@ if ! trouble=$(node dist/test/vm/prefetch.js 2>&1); then
 fi
 
 case $command in
-  crash) guest=(bash test/vm/guest/crash.sh "$@") ;;
+  crash | conformance) guest=(bash "test/vm/guest/$command.sh" "$@") ;;
   '') guest=(bash test/vm/guest/system-tests.sh "$@") ;;
   *) exec node --enable-source-maps "dist/test/vm/$command.js" "$@" ;;
 esac
@@ -102,5 +109,5 @@ VM_TIMEOUT=${VM_TIMEOUT:-$timeout} VM_MEMORY=${VM_MEMORY:-${memory}G} VM_MODULES
   "$HERE/run.sh" "${guest[@]}" 2>&1 | tee "$OUTPUT"
 ended=${PIPESTATUS[0]}
 # Its last line has the counts already.
-[ "$command" != crash ] || exit "$ended"
+[ -z "$command" ] || exit "$ended"
 finish "$ended"

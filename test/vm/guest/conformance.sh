@@ -11,4 +11,4 @@ mount -o loop /dev/shm/conformance.img /run/c
 
 echo "kernel $(uname -r)"
 export EROFS_NBD_TEST_ROOT=/run/c EROFS_NBD_EXPECT_ATTACH=nbd EROFS_NBD_SLOW=${EROFS_NBD_SLOW:-6}
-exec timeout -k 10 "${CONFORMANCE_TIMEOUT:-900}" node dist/test/conformance/main.js
+exec node --enable-source-maps dist/test/conformance/main.js
