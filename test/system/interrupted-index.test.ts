@@ -3,7 +3,7 @@
  * inflated before the last point that was kept is not inflated again.
  */
 import { createHash, randomBytes } from 'node:crypto';
-import { mkdir, readFile, stat } from 'node:fs/promises';
+import { mkdir, readFile, stat, utimes, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { gzipSync } from 'node:zlib';
 import { status } from '@grpc/grpc-js';
@@ -15,9 +15,11 @@ import type { Mount } from '../../snapshotter/overlay.js';
 import { type Exchange, requestedRange } from '../fault-server.js';
 import { END, entry } from '../hand-made-tar.js';
 import { TAR_GZIP_LAYER } from '../image/composed-image.js';
+import { patience } from '../patience.js';
 import { SnapshotsClient } from '../stack/snapshots-client.js';
 import type { Snapshotter } from '../stack/snapshotter.js';
 import { Stack } from '../stack/stack.js';
+import { LayerNode } from './layer-node.js';
 import { LayerRegistry, type WantedLayer } from './layer-registry.js';
 import { withMounts } from './mounts.js';
 import { cachedSpans, indexFileNames, logged } from './node-state.js';
@@ -231,5 +233,32 @@ describe.each([
       code: status.ALREADY_EXISTS,
     });
     await expectWhole(before);
+  });
+});
+
+describe('what an interrupted indexing left', () => {
+  it('is removed when nobody has gone on with it for cache.keep_unused', async (context) => {
+    if (missing !== undefined) return context.skip(missing);
+    const names = (letter: string): string[] =>
+      ['resume', 'zwin.partial'].map((end) => `sha256/${letter.repeat(64)}.${end}`).sort();
+    const node = await LayerNode.start('version = 1\n[cache]\nkeep_unused = "2d"\n', async (root) => {
+      for (const [letter, days] of [
+        ['a', 3],
+        ['b', 1],
+      ] as const) {
+        for (const name of names(letter)) {
+          const file = path.join(layout(root).index, name);
+          await mkdir(path.dirname(file), { recursive: true });
+          await writeFile(file, 'left');
+          const time = Date.now() / 1000 - days * 86_400;
+          await utimes(file, time, time);
+        }
+      }
+    });
+    try {
+      await expect.poll(() => indexFileNames(node.root), { timeout: patience(60_000) }).toEqual(names('b'));
+    } finally {
+      expect(await node.remove()).toEqual([]);
+    }
   });
 });
