@@ -7,7 +7,8 @@
 #   test-vm.sh conformance              containerd's own snapshotter suite (npm run conformance), beside its overlayfs there
 #   test-vm.sh reboot                   the machine is rebooted under containers, and comes up without a registry
 #   test-vm.sh power-cut [--cuts N]     its power is cut while the cache and SQLite are written, 20 times
-#   test-vm.sh --trees                  all layers of test/system/trees.test.ts, also the large ones: half an hour and 8 GiB
+#   test-vm.sh --trees                  all layers of test/system/trees.test.ts, also the large ones: half an hour and 8 GiB;
+#                                       TREES=small,many: of those named (test/trees/real-layers.ts)
 #
 # The last line is one JSON object with the counts, the one before it says them in words; the status is 0 when nothing
 # failed. What this host cannot run counts as skipped, with its reason. Needs the checkout built (npm run build).
