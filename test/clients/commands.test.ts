@@ -1,7 +1,7 @@
 /**
  * What clients do beside pulling and running, and what happens to them while they do: on the newest containerd there is.
  */
-import { chmod, readFile, stat, writeFile } from 'node:fs/promises';
+import { chmod, stat } from 'node:fs/promises';
 import path from 'node:path';
 import { execa } from 'execa';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
@@ -141,15 +141,6 @@ describe('on a node with containerd 2.x', () => {
       ];
       expect(await written()).toEqual(expect.arrayContaining(wanted));
       await ctr('container', 'rm', 'copied');
-    });
-
-    test('sees the copy too when it asks for a mapping that containerd does not know of', async () => {
-      await node.containerd.restart(async () => {
-        const file = path.join(node.containerd.home, 'config.toml');
-        await writeFile(file, (await readFile(file, 'utf8')).replace('capabilities = ["remap-ids"]', ''));
-      });
-      expect(await run('labelled', '--remap-labels')).toBe(seen);
-      await ctr('container', 'rm', 'labelled');
     });
   });
 

@@ -153,8 +153,14 @@ describe.each(Object.entries(VERSIONS) as [ContainerdSuite, string][])(
         '0:100000:300000',
       ];
       const look = 'stat -c %u:%g /etc/motd /data/owned; touch /root/made && cat /etc/motd';
-      const said = await ctr('run', '--rm', ...choice, reference, 'mapped', 'sh', '-c', look);
-      expect(said.split('\n')).toEqual(['0:0', '1000:1001', GREETING]);
+      const run = async (name: string, ...options: string[]): Promise<string[]> =>
+        (await ctr('run', '--rm', ...choice, ...options, reference, name, 'sh', '-c', look)).split('\n');
+      const seen = ['0:0', '1000:1001', GREETING];
+      expect(await run('mapped')).toEqual(seen);
+      // Asked by labels, too: containerd is not told here that the snapshotter could map by itself. 1.6 knows nothing of it.
+      const labelled = run('labelled', '--remap-labels');
+      if (version === 'bookworm') await expect(labelled).rejects.toThrow(/containerd 1\.6\.\S+ leaves out/);
+      else expect(await labelled).toEqual(seen);
     });
 
     test('mounts the image and unmounts it', async () => {
