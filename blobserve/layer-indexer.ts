@@ -7,6 +7,7 @@ import path from 'node:path';
 import { Worker } from 'node:worker_threads';
 import pLimit, { type LimitFunction } from 'p-limit';
 import type { Logger } from '../daemon/log.js';
+import { endsOnceStarted } from './end-thread.js';
 import {
   clearIndex,
   indexFiles,
@@ -321,11 +322,12 @@ class Scanning {
     };
     const program = options.scanProgram ?? new URL('./layer/index/scan-thread.js', import.meta.url);
     const worker = new Worker(program, { workerData, resourceLimits: scanThreadLimits(maxEntries) });
+    const end = endsOnceStarted(worker);
     let record: LayerIndexRecord;
     try {
       record = await this.#feed(worker);
     } finally {
-      await worker.terminate();
+      await end();
     }
     if (record.digest !== digest) {
       throw new ReadError(

@@ -12,6 +12,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { Worker } from 'node:worker_threads';
 import pLimit from 'p-limit';
 import type { Logger } from '../daemon/log.js';
+import { endsOnceStarted } from './end-thread.js';
 import type { LayerIndexRecord } from './layer/index/layer-index.js';
 import { type MaterialiseRequest, unfinished } from './materialise.js';
 import type { MaterialiseReply, MaterialiseTask } from './materialise-thread.js';
@@ -248,19 +249,21 @@ export class MaterialisedLayers implements MaterialisedKeeper {
 async function runOnThread(task: MaterialiseTask, signal: AbortSignal): Promise<void> {
   signal.throwIfAborted();
   const worker = new Worker(new URL('./materialise-thread.js', import.meta.url), { workerData: task });
+  const end = endsOnceStarted(worker);
   worker.unref();
   try {
     await abortable(
       new Promise<void>((resolve, reject) => {
-        worker.once('message', (reply: MaterialiseReply) =>
-          reply === undefined ? resolve() : reject(new Error(reply.failed)),
-        );
+        worker.on('message', (reply: MaterialiseReply) => {
+          if (reply === 'done') resolve();
+          else if (reply !== 'started') reject(new Error(reply.failed));
+        });
         worker.once('error', reject);
         worker.once('exit', (code) => reject(new Error(`the thread that materialises ended with ${code}`)));
       }),
       signal,
     );
   } finally {
-    await worker.terminate();
+    await end();
   }
 }

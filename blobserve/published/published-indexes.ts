@@ -5,6 +5,7 @@
 import { Worker } from 'node:worker_threads';
 import { LRUCache } from 'lru-cache';
 import type { Logger } from '../../daemon/log.js';
+import { endsOnceStarted } from '../end-thread.js';
 import { readRefused, type LayerIndexFiles, type LayerIndexRecord } from '../layer/index/layer-index.js';
 import type { ZtocThreadData, ZtocThreadReply } from '../layer/soci/ztoc-thread.js';
 import type { BlobReader } from '../readers/blob-reader.js';
@@ -234,6 +235,7 @@ async function runThread(
   read?: (range: { readonly start: number; readonly end: number }) => Promise<Buffer>,
 ): Promise<LayerIndexRecord> {
   const worker = new Worker(program, { workerData });
+  const end = endsOnceStarted(worker);
   try {
     return await new Promise<LayerIndexRecord>((resolve, reject) => {
       worker.on('message', (reply: Message) => {
@@ -245,7 +247,7 @@ async function runThread(
       worker.once('exit', (code) => reject(new Error(`its thread ended with ${code}`)));
     });
   } finally {
-    await worker.terminate();
+    await end();
   }
 }
 

@@ -1,11 +1,13 @@
 /** The hashing thread: takes slots from the ring until it is told to quit. Started by hash-thread.ts. */
 import { parentPort, workerData } from 'node:worker_threads';
-import { openSha256, type Sha256, SHA256_STATE_SIZE } from '../../linux/sha256.js';
+import { nativeSha256, openSha256, type Sha256, SHA256_STATE_SIZE } from '../../linux/sha256.js';
 import { END, HashRing, QUIT, RESUME, SAVE } from './hash-ring.js';
 
 if (!(workerData instanceof SharedArrayBuffer)) throw new Error('the hashing thread needs its ring');
 const ring = new HashRing(workerData);
 const streams = new Map<number, Sha256>();
+// Before it says anything: see end-thread.ts.
+nativeSha256();
 parentPort?.postMessage('ready');
 
 for (let count = 0; ;) {

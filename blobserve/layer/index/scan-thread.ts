@@ -6,6 +6,7 @@ import { parentPort, workerData } from 'node:worker_threads';
 import { ErofsFormatError } from '../erofs/super-block.js';
 import { CheckpointError, GzipError } from '../gzip/gzip-error.js';
 import { HashThread } from '../gzip/hash-thread.js';
+import { declareNativeFunctions } from '../../linux/native-functions.js';
 import { TarError } from '../tar/tar-error.js';
 import type { LayerIndexRecord } from './layer-index.js';
 import { LayerScan, type LayerScanOptions } from './layer-scan.js';
@@ -28,6 +29,7 @@ const reply = (message: ScanReply): void => port.postMessage(message);
 /** What says that the layer's bytes are not what can be indexed, or are more than can be. */
 const LAYER_FAULTS = [GzipError, TarError, ErofsFormatError, CheckpointError, RangeError] as const;
 
+declareNativeFunctions();
 // Ends with this thread.
 const hashing = await HashThread.start();
 let unusable: string | undefined;
