@@ -116,11 +116,9 @@ export function hostStatus(given: control.RegistryHost.$Properties): HostStatus 
 /** @throws {Failure} when nothing answers */
 export async function gatherStatus({ root }: Configuration): Promise<StatusReport> {
   const { cache } = layout(root);
-  const [[hello, list], used, space] = await Promise.all([
-    askDataPlane(root, (client) => Promise.all([client.hello(), client.list()])),
-    diskUsage(cache),
-    freeBytes(cache),
-  ]);
+  // First: what keeps us from it, the daemon that is not there or a user who is not root, is what to say.
+  const [hello, list] = await askDataPlane(root, (client) => Promise.all([client.hello(), client.list()]));
+  const [used, space] = await Promise.all([diskUsage(cache), freeBytes(cache)]);
   const layers = list.devices.map(layerStatus).sort((a, b) => compare(a, b));
   return {
     version: hello.version,
