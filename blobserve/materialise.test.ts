@@ -7,7 +7,8 @@ import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { lockAlone } from './linux/file-lock.js';
-import { checkMaterialised, materialise, type MaterialiseRequest, unfinished } from './materialise.js';
+import { checkMaterialised, materialise, type MaterialiseRequest } from './materialise.js';
+import { unfinishedPath } from './readers/cache-directory.js';
 import { indexedLayer, type IndexedLayer } from './testing/indexed-layer.js';
 
 const CHILD = fileURLToPath(new URL('testing/materialise-until-killed.ts', import.meta.url));
@@ -44,7 +45,7 @@ describe('a materialised layer', () => {
   });
 
   it('replaces what a crash left of it, and gives its owner alone what is in it', () => {
-    writeFileSync(unfinished(request.file), Buffer.alloc(5_000_000, 0x55), { mode: 0o600 });
+    writeFileSync(unfinishedPath(request.file), Buffer.alloc(5_000_000, 0x55), { mode: 0o600 });
     materialise(request);
     expect(readFileSync(request.file).equals(device)).toBe(true);
     expect(execFileSync('stat', ['-c', '%a', request.file], { encoding: 'utf8' })).toBe('600\n');
@@ -79,7 +80,7 @@ describe('a materialised layer', () => {
   });
 
   it('is not written by two at once', () => {
-    const partial = unfinished(request.file);
+    const partial = unfinishedPath(request.file);
     writeFileSync(partial, 'of another process');
     const descriptor = openSync(partial, 'r');
     expect(lockAlone(descriptor)).toBe(true);

@@ -27,6 +27,7 @@ import path from 'node:path';
 import { GzipIndexer } from './layer/gzip/indexer.js';
 import type { LayerIndexRecord } from './layer/index/layer-index.js';
 import { lockAlone } from './linux/file-lock.js';
+import { unfinishedPath } from './readers/cache-directory.js';
 
 /** Read and written in one go. */
 const PIECE = 1024 * 1024;
@@ -46,11 +47,6 @@ export interface MaterialiseRequest {
   readonly file: string;
 }
 
-/** The name that the file has before it is whole. */
-export function unfinished(file: string): string {
-  return `${file}.partial`;
-}
-
 /**
  * Makes the file.
  *
@@ -63,7 +59,7 @@ export function materialise(
   onStep: (step: number | string) => void = noStep,
 ): void {
   const { record, blob, tarindex, file } = request;
-  const partial = unfinished(file);
+  const partial = unfinishedPath(file);
   const output = openLocked(partial);
   try {
     ftruncateSync(output, 0);

@@ -14,10 +14,15 @@ import pLimit from 'p-limit';
 import type { Logger } from '../daemon/log.js';
 import { endsOnceStarted } from './end-thread.js';
 import type { LayerIndexRecord } from './layer/index/layer-index.js';
-import { type MaterialiseRequest, unfinished } from './materialise.js';
+import type { MaterialiseRequest } from './materialise.js';
 import type { MaterialiseReply, MaterialiseTask } from './materialise-thread.js';
 import { counted } from './metrics.js';
-import { type CachedFiles, materialisedPath, removeAbandoned } from './readers/cache-directory.js';
+import {
+  type CachedFiles,
+  materialisedPath,
+  removeAbandoned,
+  unfinishedPath,
+} from './readers/cache-directory.js';
 import type { CacheSpace, MaterialisedKeeper } from './readers/cache-space.js';
 import { FileReader } from './readers/file.js';
 import { cachePaths } from './readers/span-store.js';
@@ -219,7 +224,7 @@ export class MaterialisedLayers implements MaterialisedKeeper {
       },
       async (error: unknown) => {
         // A thread that was ended leaves it.
-        await removeAbandoned(unfinished(request.file)).catch(() => undefined);
+        await removeAbandoned(unfinishedPath(request.file)).catch(() => undefined);
         reservation.released();
         signal.throwIfAborted();
         // Room was needed, or parts of the blob were evicted under it.

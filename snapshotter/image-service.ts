@@ -2,6 +2,7 @@
  * CRI's image service (runtime.v1.ImageService) in front of containerd's: the kubelet calls here, every call goes on to
  * containerd as the bytes it is, and the credentials of pulls are kept for the reads that come after.
  */
+import { setTimeout as delay } from 'node:timers/promises';
 import * as grpc from '@grpc/grpc-js';
 import type { Logger } from '../daemon/log.js';
 import { ImageReferenceError, parseReference } from '../blobserve/registry/reference.js';
@@ -102,7 +103,7 @@ export class ImageServiceProxy {
       return;
     }
     const { place, credentials } = pull;
-    await Promise.race([relay.remember(place, credentials), after(TELL_TIMEOUT)]);
+    await Promise.race([relay.remember(place, credentials), delay(TELL_TIMEOUT, undefined, { ref: false })]);
     this.#forward('PullImage', call, (error, value, trailer) => {
       void (error === null ? relay.confirm(place, credentials) : relay.refuse(place, credentials));
       callback(error, value, trailer);
@@ -157,10 +158,4 @@ function withoutTransport(metadata: grpc.Metadata): grpc.Metadata {
     if (OF_CONNECTION.test(key)) copy.remove(key);
   }
   return copy;
-}
-
-function after(ms: number): Promise<undefined> {
-  return new Promise((resolve) => {
-    setTimeout(resolve, ms, undefined).unref();
-  });
 }

@@ -75,6 +75,11 @@ export function materialisedPath(data: string): string {
   return data.replace(/\.data$/, '.layer');
 }
 
+/** The name that a materialised layer has before it is whole. @param file see materialisedPath */
+export function unfinishedPath(file: string): string {
+  return `${file}.partial`;
+}
+
 /**
  * Deletes all files of a blob, unless somebody has it open. The map goes before the data: what a crash leaves between the two
  * is an orphan.
@@ -91,7 +96,7 @@ export async function removeCached([data, map]: readonly [data: string, map: str
     const [mine, there] = await Promise.all([file.stat(), stat(data).catch(() => undefined)]);
     if (there?.ino !== mine.ino || there.dev !== mine.dev) return false;
     const layer = materialisedPath(data);
-    for (const name of [`${layer}.partial`, layer, map, data]) await rm(name, { force: true });
+    for (const name of [unfinishedPath(layer), layer, map, data]) await rm(name, { force: true });
     return true;
   } finally {
     await file.close();

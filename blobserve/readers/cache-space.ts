@@ -17,6 +17,7 @@ import {
   materialisedPath,
   removeAbandoned,
   removeCached,
+  unfinishedPath,
 } from './cache-directory.js';
 import { evictSpans } from './eviction.js';
 import { LocalFile, READ_WRITE_CREATE } from './local-file.js';
@@ -302,7 +303,7 @@ export class CacheSpace implements SpaceKeeper {
   async #removeUnfinished({ digest, unfinishedBytes }: CachedFiles): Promise<void> {
     const { dir, log } = this.#options;
     const [data] = cachePaths(dir, digest);
-    if (!(await removeAbandoned(`${materialisedPath(data)}.partial`))) return;
+    if (!(await removeAbandoned(unfinishedPath(materialisedPath(data))))) return;
     if (this.#measure !== undefined) {
       this.#measure.used -= unfinishedBytes;
       this.#measure.free += unfinishedBytes;
