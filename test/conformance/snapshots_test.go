@@ -81,36 +81,36 @@ func TestMetadata(t *testing.T) {
 		})
 }
 
-// removeAll removes every snapshot, children before their parents.
+// removeAll removes every snapshot, children before their parents. It lists them once: below the metadata store a list
+// is a Stat of each.
 func removeAll(ctx context.Context, snapshotter snapshots.Snapshotter) error {
-	for {
-		var names []string
-		parents := map[string]bool{}
-		err := snapshotter.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
-			names = append(names, info.Name)
-			parents[info.Parent] = true
-			return nil
-		})
-		if err != nil {
-			return fmt.Errorf("list what is to be removed: %w", err)
-		}
-		if len(names) == 0 {
-			return nil
-		}
-		removed := 0
-		for _, name := range names {
-			if parents[name] {
-				continue
-			}
+	parent, children := map[string]string{}, map[string]int{}
+	err := snapshotter.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
+		parent[info.Name] = info.Parent
+		children[info.Parent]++
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("list what is to be removed: %w", err)
+	}
+	removed := 0
+	for name := range parent {
+		// Up from each that has no children, as far as it was the last one.
+		for name != "" && children[name] == 0 {
 			if err := snapshotter.Remove(ctx, name); err != nil {
 				return fmt.Errorf("remove %q: %w", name, err)
 			}
 			removed++
-		}
-		if removed == 0 {
-			return fmt.Errorf("each of %d snapshots is the parent of another", len(names))
+			above := parent[name]
+			children[name] = -1
+			children[above]--
+			name = above
 		}
 	}
+	if removed != len(parent) {
+		return fmt.Errorf("%d of %d snapshots have a child that is not listed", len(parent)-removed, len(parent))
+	}
+	return nil
 }
 
 // checkEmpty complains of snapshots and of directories that are left after a Cleanup.

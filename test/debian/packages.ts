@@ -130,6 +130,24 @@ export async function containerdFrom(suite: ContainerdSuite): Promise<string> {
   return path.join(directory, 'usr', 'bin');
 }
 
+/** Suites whose Docker can use a snapshotter of containerd: 26, 28. */
+export type DockerSuite = 'trixie' | 'sid';
+
+/** Docker's client, daemon and the directory of its plugins, of a Debian suite. */
+export async function dockerFrom(
+  suite: DockerSuite,
+): Promise<{ readonly docker: string; readonly dockerd: string; readonly plugins: string }> {
+  const directory = path.join(cacheDirectory(), 'roots', `docker-${suite}`);
+  await fetchPackages(suite, directory, ['docker.io', 'docker-cli', 'docker-buildx']);
+  return {
+    docker: path.join(directory, 'usr', 'bin', 'docker'),
+    dockerd: await withMissingLibraries(path.join(directory, 'usr', 'sbin', 'dockerd'), async (all) => {
+      await fetchPackagesScript(['--with-dependencies', suite, all, 'docker.io']);
+    }),
+    plugins: path.join(directory, 'usr', 'libexec', 'docker', 'cli-plugins'),
+  };
+}
+
 /** SOCI's own program `soci`, of Debian sid. */
 export async function sociProgram(): Promise<string> {
   const directory = path.join(cacheDirectory(), 'roots', 'soci-sid');

@@ -2,12 +2,13 @@
  * A containerd of our own: root, state, sockets and namespace are private, so that one installed on this system is not
  * touched.
  */
-import { mkdir, rmdir, stat, writeFile } from 'node:fs/promises';
+import { mkdir, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { execa, type Result } from 'execa';
 import { architecture } from '../image/oci-layout.js';
 import { containerdFrom, installedProgram, program, type ContainerdSuite } from '../debian/packages.js';
 import { startDaemon, type Daemon } from './daemon-process.js';
+import { absentDirectories, removeEmpty } from './shared-directories.js';
 import { grpcAnswers } from './socket.js';
 
 /** A snapshotter that containerd reaches over a socket. */
@@ -112,13 +113,6 @@ function configuration(options: ContainerdOptions, home: string, version: string
 /** Shims and runc use these of the whole machine, whatever containerd's own directories are; the deepest first. */
 const SHARED = ['/run/containerd/fifo', '/run/containerd/runc', '/run/containerd/s', '/run/containerd'];
 
-async function absentShared(): Promise<string[]> {
-  const absent: string[] = [];
-  for (const directory of SHARED)
-    if ((await stat(directory).catch(() => undefined)) === undefined) absent.push(directory);
-  return absent;
-}
-
 async function programsOf(version: ContainerdSuite | 'installed'): Promise<string> {
   if (version !== 'installed') return containerdFrom(version);
   const installed = await installedProgram('containerd');
@@ -141,7 +135,7 @@ export async function startContainerd(options: ContainerdOptions): Promise<Conta
   const namespace = path.basename(options.directory);
   const runc = path.dirname(await program('runc'));
   const searchPath = `${programs}:${runc}:${process.env['PATH'] ?? ''}:/usr/sbin:/usr/bin:/sbin:/bin`;
-  const absent = await absentShared();
+  const absent = await absentDirectories(SHARED);
   const start = (): Promise<Daemon> =>
     startDaemon({
       name: `containerd ${version}`,
@@ -172,8 +166,7 @@ export async function startContainerd(options: ContainerdOptions): Promise<Conta
   };
   const stop = async (limit?: number): Promise<void> => {
     await daemon.stop(limit);
-    // Only when empty: somebody else may have come to use them meanwhile.
-    for (const directory of absent) await rmdir(directory).catch(() => undefined);
+    await removeEmpty(absent);
   };
   const restart = async (whileDown?: () => Promise<void>): Promise<void> => {
     await daemon.stop();
