@@ -1,7 +1,8 @@
 import { closeSync, readSync, writeSync } from 'node:fs';
 import { describe, expect, it } from 'vitest';
+import { setNonBlocking } from './descriptor.js';
 import { SystemCallError } from './libc.js';
-import { isHungUp, socketpair } from './socketpair.js';
+import { isHungUp, setSendBuffer, socketpair } from './socketpair.js';
 
 describe('a socket pair', () => {
   it('carries bytes from one end to the other', () => {
@@ -10,6 +11,24 @@ describe('a socket pair', () => {
     const bytes = Buffer.alloc(5);
     expect(readSync(second, bytes)).toBe(5);
     expect(bytes.toString()).toBe('hello');
+    closeSync(first);
+    closeSync(second);
+  });
+
+  it('holds a whole reply of 1 MiB that nobody has taken, once its send buffer is large', () => {
+    const [first, second] = socketpair();
+    const held = (): number => {
+      let bytes = 0;
+      try {
+        for (;;) bytes += writeSync(first, Buffer.alloc(64 * 1024));
+      } catch (error) {
+        expect(error).toMatchObject({ code: 'EAGAIN' });
+        return bytes;
+      }
+    };
+    setNonBlocking(first);
+    expect(setSendBuffer(first, 512 * 1024)).toBe(true);
+    expect(held()).toBeGreaterThan(512 * 1024);
     closeSync(first);
     closeSync(second);
   });

@@ -7,6 +7,9 @@ import { libc, systemCallError } from './libc.js';
 const AF_UNIX = 1;
 const SOCK_STREAM = 1;
 const SOCK_CLOEXEC = 0o2000000;
+const SOL_SOCKET = 1;
+/** SO_SNDBUF beyond net.core.wmem_max, for who has CAP_NET_ADMIN; <asm-generic/socket.h>. */
+const SO_SNDBUFFORCE = 32;
 const MSG_PEEK = 0x02;
 const MSG_DONTWAIT = 0x40;
 
@@ -35,6 +38,19 @@ export function socketpair(): [number, number] {
   }
   const [first = -1, second = -1] = descriptors;
   return [first, second];
+}
+
+const setsockoptCall = libc.func(
+  'int setsockopt(int descriptor, int level, int name, const void *value, uint32_t length)',
+) as (descriptor: number, level: number, name: number, value: Int32Array, length: number) => number;
+
+/**
+ * Lets so many bytes (0 to 2^30 - 1) wait in a socket for the other end to take them, with or without `net.core.wmem_max`.
+ *
+ * @returns false where we may not: the socket then has what it had
+ */
+export function setSendBuffer(descriptor: number, bytes: number): boolean {
+  return setsockoptCall(descriptor, SOL_SOCKET, SO_SNDBUFFORCE, new Int32Array([bytes]), 4) === 0;
 }
 
 /**

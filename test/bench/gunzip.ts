@@ -8,7 +8,8 @@ import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { GzipIndexer } from '../../blobserve/layer/gzip/indexer.js';
-import { packWindow, ZwinIndex, ZwinWriter } from '../../blobserve/layer/gzip/zwin.js';
+import { packWindow } from '../../blobserve/layer/gzip/packed-window.js';
+import { ZwinIndex, ZwinWriter } from '../../blobserve/layer/gzip/zwin.js';
 import { parseConfiguration } from '../../daemon/configuration.js';
 import type { BlobReader } from '../../blobserve/readers/blob-reader.js';
 import { FileReader } from '../../blobserve/readers/file.js';
@@ -99,7 +100,7 @@ async function indexLayer(
   indexer.write(readFileSync(layer));
   const summary = indexer.finish();
   indexer.close();
-  for (const point of points) await writer.add(...point);
+  for (const point of points) writer.add(...point);
   await writer.finish(summary);
   return summary.sizes;
 }

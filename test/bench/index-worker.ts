@@ -2,7 +2,7 @@
 import { closeSync, openSync, readSync, statSync } from 'node:fs';
 import { parentPort } from 'node:worker_threads';
 import { z } from 'zod';
-import { HashThread } from '../../blobserve/layer/gzip/hash-thread.js';
+import { ArithmeticThread } from '../../blobserve/layer/gzip/arithmetic-thread.js';
 import { LayerScan } from '../../blobserve/layer/index/layer-scan.js';
 
 const CHUNK = 1024 * 1024;
@@ -19,7 +19,7 @@ const Job = z.object({
   }),
 });
 
-const hashing = await HashThread.start();
+const arithmetic = await ArithmeticThread.start();
 const chunk = Buffer.allocUnsafeSlow(CHUNK);
 
 async function run({ layer, spanSize, files }: z.infer<typeof Job>): Promise<void> {
@@ -28,7 +28,7 @@ async function run({ layer, spanSize, files }: z.infer<typeof Job>): Promise<voi
   const resumable = { digest: 'sha256:', size: statSync(layer).size, afresh: true };
   const scan = await LayerScan.start(
     { files, compression: 'gzip', spanSize, maxUncompressedBytes: Number.MAX_SAFE_INTEGER, resumable },
-    (state) => hashing.sha256(state),
+    arithmetic,
   );
   const input = openSync(layer, 'r');
   for (;;) {
@@ -50,5 +50,5 @@ async function run({ layer, spanSize, files }: z.infer<typeof Job>): Promise<voi
 parentPort?.on('message', (message: unknown) => {
   if (message !== 'quit') return void run(Job.parse(message));
   parentPort?.close();
-  void hashing.close();
+  void arithmetic.close();
 });

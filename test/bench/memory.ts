@@ -9,6 +9,7 @@ import { readdir, readFile } from 'node:fs/promises';
 import path from 'node:path';
 import { execa } from 'execa';
 import { layout } from '../../daemon/layout.js';
+import { chainIdOf } from '../../snapshotter/layer-reference.js';
 import { smallErofs, withIdentity } from '../image/small-erofs.js';
 import { SnapshotsClient } from '../stack/snapshots-client.js';
 import { Stack } from '../stack/stack.js';
@@ -60,11 +61,13 @@ export async function memory(): Promise<void> {
     const snapshotter = await stack.startSnapshotter({ logLevel: 'info' });
     const client = new SnapshotsClient(snapshotter.plugin.address);
     // Each on the one before, as the layers of an image are.
-    let parent = '';
+    let [parent, chainId] = ['', ''];
     for (let number = 1; number <= LAYERS; number += 1) {
-      const layer = registry.addLayer(withIdentity(image, number));
-      await client.prepare(`bench/${number}`, parent, layer.labels).catch(() => undefined);
-      const [info] = await client.list(`labels."containerd.io/snapshot.ref"==${layer.chainId}`);
+      const { digest, labels } = registry.addLayer(withIdentity(image, number));
+      chainId = chainIdOf(chainId, digest);
+      const wanted = { ...labels, 'containerd.io/snapshot.ref': chainId };
+      await client.prepare(`bench/${number}`, parent, wanted).catch(() => undefined);
+      const [info] = await client.list(`labels."containerd.io/snapshot.ref"==${chainId}`);
       if (info === undefined) throw new Error(`layer ${number} was not attached; see ${snapshotter.log}`);
       parent = info.name;
     }

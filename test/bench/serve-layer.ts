@@ -29,6 +29,8 @@ export interface LayerAnswer {
   readonly path?: string;
   /** At detach: what the device was asked for. */
   readonly statistics?: DeviceReadStatistics;
+  /** At detach: what the process has used since the device could be mounted. */
+  readonly cpu?: NodeJS.CpuUsage;
 }
 
 const WARM_BYTES = 1 << 20;
@@ -36,7 +38,10 @@ const WARM_BYTES = 1 << 20;
 const [, , kind = '', cacheDirectory = '', mountPoint = ''] = process.argv;
 const backend: AttachBackend =
   kind === 'nbd' ? await NbdBackend.open({ log: silentLogger }) : new FuseBackend(3, mountPoint);
-const layers = new Map<number, { readonly device: AttachedDevice; readonly reader: BlobReader }>();
+const layers = new Map<
+  number,
+  { readonly device: AttachedDevice; readonly reader: BlobReader; readonly cpu: NodeJS.CpuUsage }
+>();
 const digests = new Map<string, string>();
 
 async function digestOf(file: string): Promise<string> {
@@ -72,16 +77,17 @@ async function carryOut(command: LayerCommand): Promise<Omit<LayerAnswer, 'id'>>
   if (command.do === 'attach') {
     const reader = await openCached(command.image);
     const device = await backend.attach({ layerId, identifier: `erofs-nbd:bench-${layerId}`, reader });
-    layers.set(layerId, { device, reader });
+    layers.set(layerId, { device, reader, cpu: process.cpuUsage() });
     return { path: device.path };
   }
   const layer = layers.get(layerId);
   if (layer === undefined) throw new Error(`layer ${layerId} is not attached`);
   const statistics = layer.device.statistics();
+  const cpu = process.cpuUsage(layer.cpu);
   await layer.device.detach();
   await layer.reader.close();
   layers.delete(layerId);
-  return { statistics };
+  return { statistics, cpu };
 }
 
 process.on('message', ({ id, command }: { id: number; command: LayerCommand }) => {
