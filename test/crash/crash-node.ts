@@ -7,7 +7,13 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { execa } from 'execa';
 import { type FaultPoint, FAULT_POINTS_VARIABLE } from '../../daemon/fault-point.js';
 import { layout, type Layout } from '../../daemon/layout.js';
-import { processIdentity, readIdentity, waitForEnd } from '../../snapshotter/process-identity.js';
+import {
+  isRunning,
+  processIdentity,
+  type ProcessIdentity,
+  readIdentity,
+  waitForEnd,
+} from '../../snapshotter/process-identity.js';
 import { checkout } from '../debian/packages.js';
 import { patience } from '../patience.js';
 import { startContainerd, type Containerd } from '../stack/containerd.js';
@@ -16,6 +22,8 @@ import { pluginOf } from '../stack/snapshotter.js';
 
 /** How soon a service manager starts a service again. Milliseconds. */
 const RESTART_PAUSE = 100;
+/** Milliseconds between two looks at the daemons: looking takes time from them where every instruction is emulated. */
+const LOOK_INTERVAL = patience(20);
 /** A start that dies at a fault point is no failure; one that dies this often is. */
 const START_ATTEMPTS = 5;
 
@@ -112,18 +120,29 @@ export class CrashNode {
         await rm(path.join(this.#faults, point), { force: true });
         throw new Error(`nobody came by at ${point}`);
       }
-      await delay(20);
+      await delay(LOOK_INTERVAL);
     }
   }
 
-  async kill(victim: Victim): Promise<void> {
+  /** Waits for the victim to be there, when an earlier kill has left none. */
+  async kill(victim: Victim, limit = patience(120_000)): Promise<void> {
     if (victim === 'containerd') return (await this.containerd).kill();
     // Not after the snapshotter's end: it must not start another meanwhile.
-    const blobserve = victim === 'snapshotter' ? undefined : await readIdentity(this.places.blobserveProcess);
+    const blobserve = victim === 'snapshotter' ? undefined : await this.#blobserve(limit);
     const snapshotter = victim === 'blobserve' ? undefined : await this.snapshotter;
     for (const pid of [snapshotter?.pid, blobserve?.pid]) if (pid !== undefined) killIfThere(pid);
     await snapshotter?.ended;
     if (blobserve !== undefined) await waitForEnd(blobserve, patience(10_000));
+  }
+
+  async #blobserve(limit: number): Promise<ProcessIdentity> {
+    const deadline = Date.now() + limit;
+    for (;;) {
+      const recorded = await readIdentity(this.places.blobserveProcess);
+      if (recorded !== undefined && (await isRunning(recorded))) return recorded;
+      if (Date.now() > deadline) throw new Error(`after ${limit} ms there is no data plane to kill`);
+      await delay(LOOK_INTERVAL);
+    }
   }
 
   /** Resolves when every daemon runs and answers. */
@@ -133,7 +152,7 @@ export class CrashNode {
       const state = await this.#state();
       if (state === 'whole') return;
       if (Date.now() > deadline) throw new Error(`after ${limit} ms: ${state}`);
-      await delay(20);
+      await delay(LOOK_INTERVAL);
     }
   }
 

@@ -15,7 +15,7 @@ export interface Kill {
   readonly kind: string;
   /** When, or at which point. */
   readonly where: string;
-  /** Milliseconds of the container's longest read about it, 0 when all were below 20. */
+  /** Milliseconds of the container's longest read about it, 0 when all were short (see reader.py). */
   readonly stall: number;
   /** What did not work, in words. */
   readonly failures: readonly string[];
@@ -102,30 +102,57 @@ export async function killAtFaultPoint(scene: Scene, { point, process, when }: F
   return { kind: `fault point of ${process}`, where: point, stall, failures: checks.failures };
 }
 
-/** Kills while layers come and go, so many milliseconds after they began to. */
-export async function killAtMoment(
+/** A daemon, and how many milliseconds after what came before it is killed. */
+export interface Moment {
+  readonly victim: Victim;
+  readonly after: number;
+}
+
+/**
+ * Kills while layers come and go: at one moment, or at several before all is looked at, so that what recovers from one death
+ * meets the next.
+ *
+ * @param number of the first
+ */
+export async function killAtMoments(
   scene: Scene,
-  victim: Victim,
-  after: number,
+  moments: readonly Moment[],
   number: number,
-): Promise<Kill> {
+): Promise<Kill[]> {
   const { witness, node, life } = scene;
   const checks = new Checks();
   // A containerd that is killed while it starts a container leaves a shim of its own that nobody looks for again.
-  const runs = victim !== 'containerd';
-  const churn = (Math.floor(number / 4) % 2 === 0 ? life.live() : churnImage(scene, number, runs)).catch(
-    () => undefined,
-  );
-  await delay(after);
-  const from = monotonic();
-  await node.kill(victim);
+  const runs = moments.every(({ victim }) => victim !== 'containerd');
+  let over = false;
+  const comeAndGo = async (): Promise<void> => {
+    do {
+      await (Math.floor(number / 4) % 2 === 0 ? life.live() : churnImage(scene, number, runs)).catch(() =>
+        delay(patience(50)),
+      );
+    } while (!over);
+  };
+  const churn = comeAndGo();
+  const begun: number[] = [];
+  for (const { victim, after } of moments) {
+    await delay(after);
+    begun.push(monotonic());
+    await checks.that(`killing ${victim}`, () => node.kill(victim));
+  }
+  over = true;
   await recovered(scene, checks);
   await churn;
   await checks.that('cleaning up', () => life.removeAll());
   await checks.that('a new container', () => runSmall(scene, `new-${number}`));
   await checks.that('the reading container', () => witness.passed(monotonic()));
-  const stall = await witness.longestStall(from, monotonic());
-  return { kind: victim, where: `after ${after} ms`, stall, failures: checks.failures };
+  begun.push(monotonic());
+  const done: Kill[] = [];
+  for (const [index, { victim, after }] of moments.entries()) {
+    const stall = await witness.longestStall(begun[index] ?? 0, begun[index + 1] ?? 0);
+    // What failed is of all of them; it is told once.
+    const failures = index === moments.length - 1 ? checks.failures : [];
+    done.push({ kind: victim, where: `after ${after} ms`, stall, failures });
+  }
+  return done;
 }
 
 async function recovered({ node }: Scene, checks: Checks): Promise<void> {

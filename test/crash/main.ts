@@ -6,8 +6,11 @@
  *   --format F       erofs (default) or tar+gzip: of the image that is read
  *   --files N        reads so many files of it instead of all
  *   --readers N      threads that read, default 3
+ *   --burst N        random moments one after the other before all is looked at, default 1; N > 1 measures no stall of one death
+ *   --part K/N       every Nth fault point and burst, from the Kth on (1 to N): a run of all in N pieces
  *   --seed N         of the random moments; printed, so that a run can be repeated
  *   --points LIST    `all` (default), `none`, or names of fault points with commas between
+ *   --quiet          the machine has nothing else to do, so that stalls are judged also where every instruction is emulated
  *   --short          what CI runs: all fault points and a few random moments, with tar+gzip
  *
  *   --verify --root DIRECTORY --blobs DIRECTORY…   kills nobody: see verify.ts
@@ -30,7 +33,7 @@ import { LayerRegistry } from '../system/layer-registry.js';
 import { backendOf, missingForSystemTests } from '../system/requirements.js';
 import { CrashNode, type Victim } from './crash-node.js';
 import { expectedFiles, sample } from './expected-files.js';
-import { faultPlans, type Kill, killAtFaultPoint, killAtMoment, type Scene } from './kills.js';
+import { faultPlans, type Kill, killAtFaultPoint, killAtMoments, type Moment, type Scene } from './kills.js';
 import { LayerLife } from './layer-life.js';
 import { remainingProcesses, remainingState } from './remains.js';
 import { median, report } from './report.js';
@@ -43,9 +46,12 @@ const { values } = parseArgs({
     format: { type: 'string' },
     files: { type: 'string' },
     readers: { type: 'string', default: '3' },
+    burst: { type: 'string', default: '1' },
+    part: { type: 'string', default: '1/1' },
     seed: { type: 'string' },
     points: { type: 'string', default: 'all' },
     short: { type: 'boolean', default: false },
+    quiet: { type: 'boolean', default: false },
     verify: { type: 'boolean', default: false },
     root: { type: 'string' },
     blobs: { type: 'string', multiple: true, default: [] },
@@ -54,6 +60,8 @@ const { values } = parseArgs({
 const KILLS = Number(values.kills ?? (values.short ? 4 : 200));
 const FORMAT = (values.format ?? (values.short ? 'tar+gzip' : 'erofs')) as 'erofs' | 'tar+gzip';
 const SEED = Number(values.seed ?? Date.now() % 1_000_000);
+const BURST = Number(values.burst);
+const [PART = 0, PARTS = 0] = values.part.split('/').map(Number);
 const ALL_POINTS: readonly string[] = Object.values(FAULT_POINTS).flatMap((groups) =>
   (Object.values(groups) as (readonly FaultPoint[])[]).flat(),
 );
@@ -65,18 +73,23 @@ const POINTS =
 for (const name of POINTS ?? [])
   if (!ALL_POINTS.includes(name)) throw new Error(`--points: there is no ${name}`);
 /** Numbers are checked here: a misspelt one would mean a run that kills nobody and is content. */
-for (const [name, number] of Object.entries({ KILLS, SEED, readers: Number(values.readers) }))
+for (const [name, number] of Object.entries({ KILLS, SEED, readers: Number(values.readers), BURST, PARTS }))
   if (!Number.isSafeInteger(number) || number < 0) throw new Error(`${name}: expected a whole number`);
+if (!(BURST >= 1 && PART >= 1 && PART <= PARTS))
+  throw new Error('--burst: expected a number above 0; --part: expected K/N');
 /**
- * What a stall after the death of the data plane may take beyond the start of a Node process, in milliseconds. CI may
- * share its machine: there it is the order of magnitude. Where every instruction is emulated, two seconds are as many starts
- * of Node as they are on an ordinary machine, some 85 ms each.
+ * What a stall after the death of the data plane may take, in milliseconds: two seconds beyond the start of a Node process.
+ * Where every instruction is emulated, that is as many starts of Node as two seconds are on an ordinary machine, some 85 ms
+ * each. Undefined where it would say more of the machine than of us: it has other work too, or a read waits through several
+ * deaths.
  */
-function stallBeyond(nodeStart: number): number {
-  if (patience(1) > 1) return Math.round((2000 / 85) * nodeStart);
-  return values.short ? 10_000 : 2000;
+function stallLimit(nodeStart: number): number | undefined {
+  if (values.short || BURST > 1 || (patience(1) > 1 && !values.quiet)) return undefined;
+  return nodeStart + (patience(1) > 1 ? Math.round((2000 / 85) * nodeStart) : 2000);
 }
 
+/** Milliseconds before a kill at a random moment, at most: about as long as a layer's life or a pull takes. */
+const LONGEST_WAIT = Math.min(patience(1200), 3000);
 const VICTIMS: readonly Victim[] = ['blobserve', 'snapshotter', 'both', 'containerd'];
 const CONFIGURATION = 'version = 1\n';
 
@@ -116,11 +129,17 @@ async function kills(scene: Scene, random: SeededRandom): Promise<Kill[]> {
     note(`${kill.kind}, ${kill.where}: stall ${kill.stall} ms${kill.failures.length > 0 ? ', FAILED' : ''}`);
     for (const failure of kill.failures) console.log(`           ${failure}`);
   };
-  for (const plan of faultPlans(scene.backend))
-    if (POINTS === undefined || POINTS.has(plan.point)) add(await killAtFaultPoint(scene, plan));
-  for (let number = 0; number < KILLS; number += 1) {
-    add(await killAtMoment(scene, VICTIMS[number % VICTIMS.length] ?? 'both', random.below(1200), number));
+  const work: (() => Promise<Kill[]>)[] = faultPlans(scene.backend)
+    .filter(({ point }) => POINTS === undefined || POINTS.has(point))
+    .map((plan) => async () => [await killAtFaultPoint(scene, plan)]);
+  for (let number = 0; number < KILLS; number += BURST) {
+    const moments: Moment[] = [];
+    for (let at = number; at < Math.min(number + BURST, KILLS); at += 1)
+      moments.push({ victim: VICTIMS[at % VICTIMS.length] ?? 'both', after: random.below(LONGEST_WAIT) });
+    work.push(() => killAtMoments(scene, moments, number));
   }
+  for (const [index, kill] of work.entries())
+    if (index % PARTS === PART - 1) for (const one of await kill()) add(one);
   return done;
 }
 
@@ -138,7 +157,9 @@ async function main(): Promise<boolean> {
     console.log(JSON.stringify({ ok: true, passed: 0, failed: 0, skipped: 1 }));
     return true;
   }
-  note(`seed ${SEED}; ${KILLS} random moments; image of ${FORMAT} layers`);
+  note(
+    `seed ${SEED}; part ${PART} of ${PARTS} of all fault points and ${KILLS} random moments; image of ${FORMAT} layers`,
+  );
   const nodeStart = await nodeStartTime();
   const stack = await Stack.create('erofs-nbd-crash');
   const layers = await LayerRegistry.start();
@@ -197,7 +218,7 @@ async function main(): Promise<boolean> {
     failures.push(...verdict.failures);
     return report({
       ...{ attach: backend, kills: done, reading, leaks, failures, nodeStart },
-      stallLimit: nodeStart + stallBeyond(nodeStart),
+      stallLimit: stallLimit(nodeStart),
     });
   } finally {
     await node.stop().catch((error: unknown) => console.error(error));

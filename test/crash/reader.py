@@ -1,15 +1,15 @@
 """Runs in a container: reads all files of its image in random order, again and again, and compares digests.
 
 Before each file its pages are dropped from the page cache (POSIX_FADV_DONTNEED), so that the reads go to the layers'
-devices. Argument: a directory with `files.json`, path to SHA-256. Lines of JSON are appended to `record` in it; times
+devices. Arguments: a directory with `files.json`, path to SHA-256; how many threads; seconds of a slow read. Lines of JSON are appended to `record` in it; times
 are CLOCK_MONOTONIC, in seconds. Ends when there is a file `stop`.
 """
 import hashlib, json, os, random, sys, threading, time
 
 DIRECTORY = sys.argv[1]
 READERS = int(sys.argv[2])
-# Reads that took longer are written down one by one.
-SLOW = 0.02
+# Reads that took more seconds are written down one by one.
+SLOW = float(sys.argv[3])
 CHUNK = 128 * 1024
 
 with open(os.path.join(DIRECTORY, 'files.json')) as file:

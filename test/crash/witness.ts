@@ -8,6 +8,11 @@ import { checkout } from '../debian/packages.js';
 import { patience } from '../patience.js';
 import type { Containerd } from '../stack/containerd.js';
 
+/** Seconds from which on a read is written down by itself. */
+const SLOW_READ = patience(0.02);
+/** Where every instruction is emulated, hashing would take the processors from the daemons that it waits for. */
+const NICENESS = patience(1) > 1 ? 10 : 0;
+
 /** CLOCK_MONOTONIC in seconds, which every process of the machine shares. */
 export function monotonic(): number {
   return Number(process.hrtime.bigint()) / 1e9;
@@ -57,7 +62,10 @@ export class Witness {
     await writeFile(path.join(directory, 'files.json'), JSON.stringify(Object.fromEntries(files)));
     await writeFile(path.join(directory, 'record'), '');
     const mount = `type=bind,src=${directory},dst=/record,options=rbind:rw`;
-    const command = ['python3', '-u', '/record/reader.py', '/record', String(readers)];
+    const command = [
+      ...['nice', '-n', String(NICENESS), 'python3', '-u', '/record/reader.py'],
+      ...['/record', String(readers), String(SLOW_READ)],
+    ];
     await containerd.ctr(
       ...['run', '-d', '--snapshotter', 'erofs-nbd', '--mount', mount, reference, 'witness', ...command],
     );
@@ -85,7 +93,7 @@ export class Witness {
     }
   }
 
-  /** Milliseconds of the longest read that was under way at some moment between the two; 0: all were below 20 ms. */
+  /** Milliseconds of the longest read that was under way at some moment between the two; 0: none was written down. */
   async longestStall(from: number, to: number): Promise<number> {
     await this.#read();
     const stalls = this.#slow

@@ -4,6 +4,7 @@
 #   test-vm.sh [TEST-FILE...]           default: see TESTS below
 #   test-vm.sh crash [ARGUMENT...]      daemons are killed under a container (npm run test:crash); default: 8 random moments,
 #                                       the fault points of nbd
+#   test-vm.sh crash --full [...]       at all fault points and 200 random moments, in several boots (test/vm/crash.ts)
 #   test-vm.sh conformance              containerd's own snapshotter suite (npm run conformance), beside its overlayfs there
 #   test-vm.sh reboot                   the machine is rebooted under containers, and comes up without a registry
 #   test-vm.sh power-cut [--cuts N]     its power is cut while the cache and SQLite are written, 20 times
@@ -35,6 +36,7 @@ case ${1:-} in
     shift
     export EROFS_NBD_VM_CRASH=yes WORK_SIZE=${WORK_SIZE:-1800M}
     memory=4 timeout=2400
+    case " $* " in *' --full '*) command=crash-full ;; esac
     [ $# -gt 0 ] || set -- --kills 8 --files 400 --points nbd-sockets-made,nbd-connected,nbd-settled,nbd-disconnected
     ;;
   conformance)
@@ -103,6 +105,10 @@ fi
 
 case $command in
   crash | conformance) guest=(bash "test/vm/guest/$command.sh" "$@") ;;
+  crash-full)
+    VM_TIMEOUT=${VM_TIMEOUT:-$timeout} VM_MEMORY=${VM_MEMORY:-${memory}G} \
+      exec node --enable-source-maps dist/test/vm/crash.js "$@"
+    ;;
   '') guest=(bash test/vm/guest/system-tests.sh "$@") ;;
   *) exec node --enable-source-maps "dist/test/vm/$command.js" "$@" ;;
 esac
