@@ -10,6 +10,7 @@ import type { Image } from '../image/oci-layout.js';
 import { buildTinyImage, TINY_GREETING } from '../image/tiny-image.js';
 import { startDocker, type Docker } from '../stack/docker.js';
 import { missingForSystemTests } from '../system/requirements.js';
+import { documentedJson } from './documentation.js';
 import { ClientNode, VERSIONS } from './node.js';
 
 const missing = await missingForSystemTests();
@@ -60,7 +61,7 @@ describe.each(Object.entries(DOCKERS) as [ContainerdSuite, DockerSuite][])(
         directory: node.stack.directory,
         containerd: node.containerd,
         version: dockerSuite,
-        snapshotter: node.snapshotter.plugin.name,
+        configuration: await documentedJson('docker.md'),
       });
     });
     afterAll(async () => {
@@ -73,6 +74,18 @@ describe.each(Object.entries(DOCKERS) as [ContainerdSuite, DockerSuite][])(
       expect(await node.downloaded(image)).toEqual([]);
       expect(await node.served()).toEqual(image.layers.map(({ digest }) => digest).sort());
       expect(await run(reference)).toBe(GREETING);
+    });
+
+    test('pushes it within its registry, and is told what is missing when it pushes to another', async () => {
+      const push = async (name: string): Promise<void> => {
+        await docker.docker('tag', reference, name);
+        await docker.docker('push', name).finally(() => docker.docker('rmi', name));
+      };
+      await push(reference.replace('team/tiny', 'team/pushed'));
+      await expect(
+        push(reference.replace('127.0.0.1', 'localhost').replace('tiny', 'abroad')),
+      ).rejects.toThrow(/content digest sha256:[0-9a-f]{64}: not found/);
+      expect(await node.downloaded(image)).toEqual([]);
     });
 
     test('builds on the lazy image, without its blobs as long as the result is not stored', async () => {

@@ -29,7 +29,16 @@ export async function documented(page: string, some?: string): Promise<(plugin: 
       .replaceAll('linux/amd64', `linux/${architecture()}`);
 }
 
-async function blocksOf(page: string): Promise<string[]> {
+/** The only block of JSON of a page. */
+export async function documentedJson(page: string): Promise<Record<string, unknown>> {
+  const blocks = await blocksOf(page, 'json');
+  expect(blocks).toHaveLength(1);
+  return JSON.parse(blocks[0] ?? '') as Record<string, unknown>;
+}
+
+async function blocksOf(page: string, language = 'toml'): Promise<string[]> {
   const text = await readFile(path.join(checkout, 'docs', 'clients', page), 'utf8');
-  return [...text.matchAll(/^```toml\n([\s\S]*?)^```$/gm)].map(([, block = '']) => block);
+  return [...text.matchAll(new RegExp(`^\`\`\`${language}\\n([\\s\\S]*?)^\`\`\`$`, 'gm'))].map(
+    ([, block = '']) => block,
+  );
 }

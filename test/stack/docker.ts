@@ -16,7 +16,8 @@ export interface DockerOptions {
   readonly containerd: Containerd;
   /** A Debian suite, whose Docker is fetched privately. */
   readonly version: DockerSuite;
-  readonly snapshotter: string;
+  /** What a user has in `daemon.json`, which makes it use the snapshotter. */
+  readonly configuration: Readonly<Record<string, unknown>>;
 }
 
 export interface Docker {
@@ -59,9 +60,7 @@ export async function startDocker(options: DockerOptions): Promise<Docker> {
   await writeFile(
     configuration,
     JSON.stringify({
-      // With it images and snapshots are containerd's.
-      features: { 'containerd-snapshotter': true },
-      'storage-driver': options.snapshotter,
+      ...options.configuration,
       containerd: containerd.address,
       'containerd-namespace': containerd.namespace,
       'containerd-plugins-namespace': `${containerd.namespace}-plugins`,
