@@ -10,10 +10,10 @@ describe('a thread that is ended', () => {
     const program = `
       import { Worker } from 'node:worker_threads';
       import { endsOnceStarted } from ${compiled('end-thread.js')};
-      import { HashRing } from ${compiled('layer/gzip/hash-ring.js')};
+      import { ArithmeticRing } from ${compiled('layer/gzip/arithmetic-ring.js')};
       for (let time = 0; time < 60; time++) {
-        const workerData = new SharedArrayBuffer(HashRing.bytes);
-        const program = new URL(${compiled('layer/gzip/hash-thread-main.js')});
+        const workerData = new SharedArrayBuffer(ArithmeticRing.bytes);
+        const program = new URL(${compiled('layer/gzip/arithmetic-thread-main.js')});
         const worker = new Worker(program, { workerData, execArgv: [] });
         const end = endsOnceStarted(worker);
         await new Promise((resolve) => setTimeout(resolve, time));

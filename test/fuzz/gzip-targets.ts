@@ -10,7 +10,8 @@ import { PureInflater } from '../../blobserve/layer/gzip/inflate.js';
 import { openRawInflater } from '../../blobserve/layer/gzip/raw-inflater.js';
 import { member, mixture } from '../../blobserve/layer/gzip/sample-data.js';
 import { bytesSource, encodeZinfo, ZinfoIndex } from '../../blobserve/layer/gzip/zinfo.js';
-import { packWindow, ZwinIndex, ZwinWriter } from '../../blobserve/layer/gzip/zwin.js';
+import { packWindow } from '../../blobserve/layer/gzip/packed-window.js';
+import { ZwinIndex, ZwinWriter } from '../../blobserve/layer/gzip/zwin.js';
 import { indexFiles, type LayerIndexFiles } from '../../blobserve/layer/index/layer-index.js';
 import { LayerScan } from '../../blobserve/layer/index/layer-scan.js';
 import type { RawInflater } from '../../blobserve/linux/zlib.js';
@@ -80,7 +81,7 @@ async function indexTo(file: string, blob: Buffer): Promise<{ spanDigests: Buffe
   indexer.write(blob);
   const summary = indexer.finish();
   indexer.close();
-  for (const point of points) await writer.add(...point);
+  for (const point of points) writer.add(...point);
   await writer.finish(summary);
   return summary;
 }

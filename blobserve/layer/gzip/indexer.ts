@@ -70,7 +70,7 @@ export interface IndexerOptions {
   readonly onData?: (chunk: Buffer) => void;
   /** Who inflates; the indexer closes it. Default: zlib. */
   readonly inflater?: RawInflater;
-  /** Makes the SHA-256 of blob and diff ID: a hash thread's `sha256` uses a second core. Default: node:crypto. */
+  /** Makes the SHA-256 of blob and diff ID: an arithmetic thread's uses a second core. Default: on this thread. */
   readonly sha256?: (state?: Buffer) => Sha256;
   /**
    * Called at the first checkpoint after so many bytes since the start or the last call, when all output before it has

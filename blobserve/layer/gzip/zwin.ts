@@ -8,17 +8,18 @@
  * A file is written under another name and renamed when it is whole, so one that is there is complete; all of it is
  * checked again on open but the windows, which are checked when they are read. Little endian, no padding.
  */
+import { writeSync } from 'node:fs';
 import { type FileHandle, open, rename, rm } from 'node:fs/promises';
 import path from 'node:path';
 import { createHash } from 'node:crypto';
 import { crc32, inflateRaw } from 'node:zlib';
 import { promisify } from 'node:util';
-import { deflateSync } from 'fflate';
 import { LRUCache } from 'lru-cache';
 import { WINDOW_SIZE } from '../../linux/zlib.js';
 import { structure } from '../erofs/structure.js';
 import { type BlobSizes, type CheckpointIndex, CheckpointTable, MAX_CHECKPOINTS } from './checkpoints.js';
 import { CheckpointError } from './gzip-error.js';
+import { type PackedWindow, packWindow } from './packed-window.js';
 
 const MAGIC = Buffer.from('ZWIN\r\n\x1a\n', 'latin1');
 const VERSION = 1;
@@ -58,22 +59,6 @@ const COPY_PIECE = 1024 * 1024;
 export const ZWIN_ROW_SIZE = ROW.size;
 
 const inflateRawAsync = promisify(inflateRaw);
-
-/** A window as it is stored. */
-export interface PackedWindow {
-  readonly stored: Buffer;
-  readonly storedCrc: number;
-  readonly windowSize: number;
-}
-
-/**
- * Deflates a window, in about a millisecond; the result does not refer to it. By fflate, not Node's zlib: the same window
- * gives the same bytes whatever zlib a Node is built with, so the same layer gives the same file.
- */
-export function packWindow(window: Buffer): PackedWindow {
-  const stored = window.length === 0 ? Buffer.alloc(0) : Buffer.from(deflateSync(window, { level: 4 }));
-  return { stored, storedCrc: crc32(stored), windowSize: window.length };
-}
 
 /** What is known when the whole blob has been seen. */
 export interface ZwinSummary {
@@ -160,10 +145,11 @@ export class ZwinWriter {
     await this.file.datasync();
   }
 
-  async add(
+  /** Synchronous, as who makes checkpoints has nothing else to do: handing a window to another thread takes longer than writing it. */
+  add(
     checkpoint: { readonly in: number; readonly out: number; readonly bits: number },
     window: PackedWindow,
-  ): Promise<void> {
+  ): void {
     if (this.#rows.length >= MAX_CHECKPOINTS) {
       throw new CheckpointError(`${this.path}: more than ${MAX_CHECKPOINTS} checkpoints`);
     }
@@ -179,7 +165,10 @@ export class ZwinWriter {
     });
     this.#rows.push(row);
     this.#windows.update(window.stored);
-    await writeAll(this.file, window.stored, this.#offset);
+    for (let written = 0; written < window.stored.length;) {
+      const left = window.stored.length - written;
+      written += writeSync(this.file.fd, window.stored, written, left, this.#offset + written);
+    }
     this.#offset += window.stored.length;
   }
 
@@ -374,7 +363,7 @@ export async function importIndex(index: CheckpointIndex, file: string): Promise
   try {
     for (let i = 0; i < table.count; i++) {
       const checkpoint = { in: table.ins[i] ?? 0, out: table.outs[i] ?? 0, bits: table.bits[i] ?? 0 };
-      await writer.add(checkpoint, packWindow(await index.window(i)));
+      writer.add(checkpoint, packWindow(await index.window(i)));
     }
     await writer.finish({ sizes: table.sizes, spanSize: table.spanSize, spanDigests: index.spanDigests });
   } catch (error) {

@@ -9,7 +9,8 @@ import { open, rename, rm } from 'node:fs/promises';
 import type { TarEntry } from '../tar/entry.js';
 import { type ResourceLimits } from 'node:worker_threads';
 import { buildTarIndex } from '../erofs/tarindex.js';
-import { openSha256, type Sha256 } from '../../linux/sha256.js';
+import type { Sha256 } from '../../linux/sha256.js';
+import { type Arithmetic, inlineArithmetic, type WindowBeingPacked } from '../gzip/arithmetic.js';
 import { GzipError } from '../gzip/gzip-error.js';
 import {
   DEFAULT_RESUME_DISTANCE,
@@ -17,7 +18,7 @@ import {
   type IndexerState,
   type ResumeDistance,
 } from '../gzip/indexer.js';
-import { type PackedWindow, packWindow, ZwinWriter } from '../gzip/zwin.js';
+import { ZwinWriter } from '../gzip/zwin.js';
 import { TarScanner, type TarScannerState } from '../tar/scanner.js';
 import { LayerTreeBuilder } from '../tar/tree-builder.js';
 import {
@@ -70,11 +71,12 @@ function newTree({ maxEntries }: LayerScanOptions): LayerTreeBuilder {
   return new LayerTreeBuilder(maxEntries === undefined ? {} : { maxInodes: maxEntries });
 }
 
-interface ReadyCheckpoint {
+/** A checkpoint that is to be written when its window is packed. */
+interface FoundCheckpoint {
   readonly in: number;
   readonly out: number;
   readonly bits: number;
-  readonly window: PackedWindow;
+  readonly window: WindowBeingPacked;
 }
 
 /** What a scan writes beside the tarindex, and what it goes on from. */
@@ -98,7 +100,8 @@ export class LayerScan {
   readonly #gzip: GzipIndexer | undefined;
   readonly #checkpoints: ZwinWriter | undefined;
   #journal: ResumeJournal | undefined;
-  #ready: ReadyCheckpoint[] = [];
+  /** In order; at most what fits between the threads, and what a piece of the blob has. */
+  readonly #found: FoundCheckpoint[] = [];
   #point: OpenPoint | undefined;
   #keeping: Promise<void> = Promise.resolve();
   #kept = 0;
@@ -109,7 +112,7 @@ export class LayerScan {
     options: LayerScanOptions,
     tree: LayerTreeBuilder,
     { checkpoints, journal, scanner, indexer, plain }: Opened,
-    sha256: (state?: Buffer) => Sha256,
+    arithmetic: Arithmetic,
   ) {
     this.#options = options;
     this.#tree = tree;
@@ -125,14 +128,14 @@ export class LayerScan {
     this.#lastPlainPoint = this.from;
     if (scanner !== undefined) this.#scanner.resume(scanner);
     if (checkpoints === undefined) {
-      this.#plainHash = sha256(plain?.hash);
+      this.#plainHash = arithmetic.sha256(plain?.hash);
       return;
     }
     this.#gzip = new GzipIndexer({
       spanSize: options.spanSize,
       maxUncompressedBytes: options.maxUncompressedBytes,
-      sha256,
-      onCheckpoint: (found) => this.#ready.push({ ...found, window: packWindow(found.window) }),
+      sha256: (state) => arithmetic.sha256(state),
+      onCheckpoint: (found) => this.#found.push({ ...found, window: arithmetic.packWindow(found.window) }),
       onData: (chunk) => this.#scanner.write(chunk),
       ...(journal !== undefined && { onResumePoint: (state: IndexerState) => this.#beginPoint(state) }),
       ...(options.resumable?.distance !== undefined && { resumeDistance: options.resumable.distance }),
@@ -141,12 +144,12 @@ export class LayerScan {
   }
 
   /**
-   * @param sha256 makes the hashes of blob and tar; a hash thread's uses a second core
+   * @param arithmetic of blob, tar and windows; an arithmetic thread's uses a second core
    * @param unusable is told why what was kept of an interrupted scan, if anything, is not gone on with
    */
   static async start(
     options: LayerScanOptions,
-    sha256: (state?: Buffer) => Sha256 = openSha256,
+    arithmetic: Arithmetic = inlineArithmetic,
     unusable: (reason: string) => void = () => undefined,
   ): Promise<LayerScan> {
     const { compression, files, resumable, spanSize } = options;
@@ -155,7 +158,7 @@ export class LayerScan {
       try {
         const kept = await openKept(options, { ...resumable, spanSize }, tree);
         try {
-          return new LayerScan(options, tree, kept, sha256);
+          return new LayerScan(options, tree, kept, arithmetic);
         } catch (error) {
           await Promise.all([kept.journal?.close(), kept.checkpoints?.abandon()]);
           throw error;
@@ -170,7 +173,7 @@ export class LayerScan {
     const identity = resumable && { ...resumable, spanSize };
     const journal = identity && (await ResumeJournal.create(files.journal, identity));
     const opened = { ...(checkpoints && { checkpoints }), ...(journal && { journal }) };
-    return new LayerScan(options, newTree(options), opened, sha256);
+    return new LayerScan(options, newTree(options), opened, arithmetic);
   }
 
   /** Bytes of the blob that need not be looked at again after an interruption now. */
@@ -197,13 +200,17 @@ export class LayerScan {
       return;
     }
     this.#gzip.write(chunk);
-    const ready = this.#ready;
-    this.#ready = [];
-    for (const found of ready) {
-      await this.#checkpoints?.add(found, found.window);
+    this.#addCheckpoints(({ window }) => window.ready);
+    await this.#keep();
+  }
+
+  /** Writes the checkpoints that have been found, up to the first that is not wanted yet. */
+  #addCheckpoints(wanted: (found: FoundCheckpoint) => boolean): void {
+    for (let found = this.#found[0]; found !== undefined && wanted(found); found = this.#found[0]) {
+      this.#checkpoints?.add(found, found.window.take());
+      this.#found.shift();
       if (this.#checkpoints?.count === this.#point?.checkpoints) this.#endPoint();
     }
-    await this.#keep();
   }
 
   #take(entry: TarEntry): void {
@@ -214,7 +221,7 @@ export class LayerScan {
   #beginPoint(state: IndexerState): void {
     // One for a piece of the blob is enough.
     if (this.#point !== undefined) return;
-    const checkpoints = (this.#checkpoints?.count ?? 0) + this.#ready.length;
+    const checkpoints = (this.#checkpoints?.count ?? 0) + this.#found.length;
     this.#point = this.#journal?.beginPoint(state, this.#scanner.save(), checkpoints);
   }
 
@@ -262,6 +269,7 @@ export class LayerScan {
    */
   async finish(): Promise<LayerIndexRecord> {
     const summary = this.#gzip?.finish();
+    this.#addCheckpoints(() => true);
     const tarSize = this.#scanner.end().size;
     const plain = `sha256:${this.#plainHash?.digest().toString('hex') ?? ''}`;
     const index = buildTarIndex(this.#tree.finish(), tarSize);

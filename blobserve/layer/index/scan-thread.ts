@@ -5,7 +5,7 @@
 import { parentPort, workerData } from 'node:worker_threads';
 import { ErofsFormatError } from '../erofs/super-block.js';
 import { CheckpointError, GzipError } from '../gzip/gzip-error.js';
-import { HashThread } from '../gzip/hash-thread.js';
+import { ArithmeticThread } from '../gzip/arithmetic-thread.js';
 import { declareNativeFunctions } from '../../linux/native-functions.js';
 import { TarError } from '../tar/tar-error.js';
 import type { LayerIndexRecord } from './layer-index.js';
@@ -31,11 +31,11 @@ const LAYER_FAULTS = [GzipError, TarError, ErofsFormatError, CheckpointError, Ra
 
 declareNativeFunctions();
 // Ends with this thread.
-const hashing = await HashThread.start();
+const arithmetic = await ArithmeticThread.start();
 let unusable: string | undefined;
 const scan = await LayerScan.start(
   workerData as LayerScanOptions,
-  (state) => hashing.sha256(state),
+  arithmetic,
   (reason) => (unusable = reason),
 );
 reply({ from: scan.from, ...(unusable !== undefined && { unusable }) });

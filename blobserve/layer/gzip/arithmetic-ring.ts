@@ -1,14 +1,18 @@
 /**
- * The memory that an indexing thread shares with its hashing thread: a ring of slots, each with bytes for one of several
- * SHA-256 computations. Both sides wait with Atomics, so the indexing thread needs no event loop to hand bytes on.
+ * The memory that an indexing thread shares with its arithmetic thread: a ring of slots, each with bytes for one of several
+ * SHA-256 computations, or a window to pack. Both sides wait with Atomics, so the indexing thread needs no event loop to hand
+ * bytes on.
  *
  *     i32 slots written | i32 slots done | for each slot: i32 stream, i32 length or what to do | the slots' bytes
  *
- * Counts run on modulo 2^32. When a stream ends, its digest is put in the slot that said so.
+ * Counts run on modulo 2^32. An answer is put in the slot that asked for it: a stream's digest when it ends, its state, or a
+ * window as it is stored, behind its CRC-32, with its length in place of the window's.
  */
 export const SLOTS = 16;
 export const SLOT_SIZE = 256 * 1024;
 export const DIGEST_SIZE = 32;
+/** Bytes of the CRC-32 before a packed window. */
+export const CRC_SIZE = 4;
 /** In place of a length: the stream is complete. */
 export const END = -1;
 /** In place of a length: put the stream's state in the slot. */
@@ -17,10 +21,12 @@ export const SAVE = -2;
 export const RESUME = -3;
 /** In place of a stream's number: the thread is to end. */
 export const QUIT = -1;
+/** In place of a stream's number: the slot has a window to pack. */
+export const PACK = -2;
 
 const CONTROL_INTS = 2 + 2 * SLOTS;
 
-export class HashRing {
+export class ArithmeticRing {
   static readonly bytes = CONTROL_INTS * 4 + SLOTS * SLOT_SIZE;
   static readonly WRITTEN = 0;
   static readonly DONE = 1;

@@ -5,28 +5,34 @@ import path from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
 import ts from 'typescript';
 import { afterAll, expect, it } from 'vitest';
-import { SLOT_SIZE } from './hash-ring.js';
-import { HashThread } from './hash-thread.js';
+import { SLOT_SIZE, SLOTS } from './arithmetic-ring.js';
+import { ArithmeticThread } from './arithmetic-thread.js';
+import { packWindow } from './packed-window.js';
 import { mixture, random } from './sample-data.js';
 
 // A thread is started from a compiled file; tests run from the sources.
-const directory = mkdtempSync(path.join(tmpdir(), 'hash-thread-'));
+const directory = mkdtempSync(path.join(tmpdir(), 'arithmetic-thread-'));
 writeFileSync(path.join(directory, 'package.json'), '{"type":"module"}');
 const blobserve = fileURLToPath(new URL('../..', import.meta.url));
 symlinkSync(path.join(blobserve, '..', 'node_modules'), path.join(directory, 'node_modules'));
 for (const folder of ['linux', 'layer/gzip']) mkdirSync(path.join(directory, folder), { recursive: true });
-for (const name of ['linux/sha256', 'layer/gzip/hash-ring', 'layer/gzip/hash-thread-main']) {
+for (const name of [
+  'linux/sha256',
+  'layer/gzip/arithmetic-ring',
+  'layer/gzip/arithmetic-thread-main',
+  'layer/gzip/packed-window',
+]) {
   const source = readFileSync(path.join(blobserve, `${name}.ts`), 'utf8');
   const { outputText } = ts.transpileModule(source, {
     compilerOptions: { module: ts.ModuleKind.ESNext, target: ts.ScriptTarget.ES2022 },
   });
   writeFileSync(path.join(directory, `${name}.js`), outputText);
 }
-const entry = pathToFileURL(path.join(directory, 'layer/gzip/hash-thread-main.js'));
+const entry = pathToFileURL(path.join(directory, 'layer/gzip/arithmetic-thread-main.js'));
 afterAll(() => rmSync(directory, { recursive: true }));
 
 it('hashes several streams at once, of any sizes, as node:crypto does', async () => {
-  const thread = await HashThread.start(entry);
+  const thread = await ArithmeticThread.start(entry);
   const next = random(3);
   const data = mixture(6_000_000, 77);
   const streams = Array.from({ length: 3 }, () => ({ theirs: thread.sha256(), ours: createHash('sha256') }));
@@ -45,17 +51,43 @@ it('hashes several streams at once, of any sizes, as node:crypto does', async ()
 
 it('goes on from a state saved while other bytes were still on their way', async () => {
   const data = mixture(3_000_000, 78);
-  const first = await HashThread.start(entry);
+  const first = await ArithmeticThread.start(entry);
   const hash = first.sha256();
   hash.update(data.subarray(0, 2_000_001));
   const state = hash.save?.() ?? Buffer.alloc(0);
   hash.update(data.subarray(2_000_001));
   expect(hash.digest()).toEqual(createHash('sha256').update(data).digest());
   await first.close();
-  const second = await HashThread.start(entry);
+  const second = await ArithmeticThread.start(entry);
   const resumed = second.sha256(state);
   resumed.update(data.subarray(2_000_001));
   expect(() => second.sha256(Buffer.alloc(112))).toThrow(RangeError);
   expect(resumed.digest()).toEqual(createHash('sha256').update(data).digest());
   await second.close();
+});
+
+it('packs windows as packWindow does, among hashes, asked for at once or long afterwards', async () => {
+  const thread = await ArithmeticThread.start(entry);
+  const data = mixture(3_000_000, 79);
+  const next = random(4);
+  const hash = thread.sha256();
+  const packing = Array.from({ length: 4 * SLOTS }, (_, number) => {
+    const at = next() % (data.length - 32_768);
+    const length = number % 7 === 0 ? next() % 300 : 32_768;
+    const window = Buffer.from(data.subarray(at, at + length));
+    const expected = packWindow(window);
+    const packed = thread.packWindow(window);
+    // It is the caller's again.
+    window.fill(0);
+    if (next() % 2 === 0) hash.update(data.subarray(0, next() % (2 * SLOT_SIZE)));
+    if (number % 5 === 0) expect(packed.take()).toEqual(expected);
+    return { packed, expected };
+  });
+  for (const { packed, expected } of packing.reverse()) {
+    expect(packed.take()).toEqual(expected);
+    expect(packed.ready).toBe(true);
+  }
+  expect(() => thread.packWindow(data.subarray(0, 32_769))).toThrow(RangeError);
+  expect(thread.packWindow(Buffer.alloc(0)).take()).toEqual(packWindow(Buffer.alloc(0)));
+  await thread.close();
 });
