@@ -2,7 +2,6 @@
  * Makes the index of a classic layer while its blob streams from the registry into the cache: nothing is fetched twice,
  * and an interruption is gone on from the last point that was kept (layer/index/resume-journal.ts).
  */
-import { createHash } from 'node:crypto';
 import path from 'node:path';
 import { Worker } from 'node:worker_threads';
 import pLimit, { type LimitFunction } from 'p-limit';
@@ -24,11 +23,10 @@ import { type LayerScanOptions, scanThreadLimits } from './layer/index/layer-sca
 import type { ScanReply, ScanRequest } from './layer/index/scan-thread.js';
 import { counted } from './metrics.js';
 import { type BlobReader, ReadError } from './readers/blob-reader.js';
+import { digestOf } from './readers/digest-of.js';
 
 /** Bytes handed to the scanning thread in one piece. */
 const CHUNK = 1024 * 1024;
-/** Bytes hashed in one go on the thread that serves, in a quarter of a millisecond. */
-const HASH_PIECE = 128 * 1024;
 /** Pieces that may be on their way to the thread: the memory bound of one layer's indexing. */
 const CHUNKS_AHEAD = 4;
 const DEFAULT_MAX_ENTRIES = 1_000_000;
@@ -243,24 +241,17 @@ export class LayerIndexer {
 }
 
 /**
- * Whether a reader gives the tar of this diff ID. In small pieces: the arithmetic is on the thread that serves.
+ * Whether a reader gives the tar of this diff ID.
  *
  * @throws {ReadError} it cannot be read, for another reason than that its index is wrong
  */
 async function givesTar(tar: BlobReader, diffId: string): Promise<boolean> {
-  const hash = createHash('sha256');
-  const piece = Buffer.alloc(HASH_PIECE);
-  for (let offset = 0; offset < tar.size; offset += piece.length) {
-    const part = piece.subarray(0, Math.min(piece.length, tar.size - offset));
-    try {
-      await tar.read(part, offset);
-    } catch (error) {
-      if (error instanceof ReadError && error.kind === 'corrupt') return false;
-      throw error;
-    }
-    hash.update(part);
+  try {
+    return (await digestOf(tar)) === diffId;
+  } catch (error) {
+    if (error instanceof ReadError && error.kind === 'corrupt') return false;
+    throw error;
   }
-  return `sha256:${hash.digest('hex')}` === diffId;
 }
 
 /** Whether the layer's bytes are at fault, not the way to them. */

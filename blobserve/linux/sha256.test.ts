@@ -22,6 +22,24 @@ it('goes on from a state saved at any place, and leaves the one it was saved fro
   }
 });
 
+it('hashes off the event loop too, which runs meanwhile, and nothing else meanwhile', async () => {
+  const large = Buffer.alloc(64 * 1024 * 1024, bytes);
+  const hash = openSha256();
+  hash.update(bytes);
+  const hashing = hash.updateAsync?.(large);
+  let turns = 0;
+  const counting = setInterval(() => turns++, 0);
+  expect(() => hash.update(bytes)).toThrow(/at work/);
+  expect(() => hash.save?.()).toThrow(/at work/);
+  expect(() => hash.digest()).toThrow(/at work/);
+  await hashing;
+  clearInterval(counting);
+  expect(turns).toBeGreaterThan(0);
+  await hash.updateAsync?.(Buffer.alloc(0));
+  hash.update(bytes);
+  expect(hash.digest().toString('hex')).toBe(digestOf(Buffer.concat([bytes, large, bytes])));
+});
+
 it('refuses what is no state, before OpenSSL would write where its numbers say', () => {
   const state = openSha256().save?.() ?? Buffer.alloc(0);
   for (const [at, value] of [

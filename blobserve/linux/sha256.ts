@@ -18,6 +18,11 @@ const DIGEST_SIZE = 32;
 /** A SHA-256 computation. */
 export interface Sha256 {
   update(bytes: Buffer): unknown;
+  /**
+   * The same off the event loop; until it settles, nothing else may be asked for, and the bytes are the computation's. Absent
+   * where it cannot be had.
+   */
+  readonly updateAsync?: (bytes: Buffer) => Promise<void>;
   digest(): Buffer;
   /** What to go on from later, 112 bytes that only this machine understands; absent where it cannot be had. */
   readonly save?: () => Buffer;
@@ -34,6 +39,8 @@ class NativeSha256 implements Sha256 {
   /** Outside of the heap that is compacted: OpenSSL is told its address. */
   readonly #context = Buffer.from(new ArrayBuffer(SHA256_STATE_SIZE));
   readonly #address = koffi.address(this.#context);
+  /** The bytes of the call under way: OpenSSL knows addresses only, and an address keeps nothing from being collected. */
+  #hashing: Buffer | undefined;
 
   constructor(functions: Sha256Functions, state?: Buffer) {
     this.#functions = functions;
@@ -48,6 +55,7 @@ class NativeSha256 implements Sha256 {
   }
 
   update(bytes: Buffer): this {
+    this.#assertIdle();
     if (bytes.length === 0) return this;
     if (this.#functions.update(this.#address, koffi.address(bytes), bytes.length) !== 1) {
       throw new Error('OpenSSL: SHA256_Update failed');
@@ -55,16 +63,37 @@ class NativeSha256 implements Sha256 {
     return this;
   }
 
+  async updateAsync(bytes: Buffer): Promise<void> {
+    this.#assertIdle();
+    if (bytes.length === 0) return;
+    this.#hashing = bytes;
+    try {
+      const code = await new Promise<number>((resolve, reject) => {
+        const settle = (error: unknown, result: number): void => (error ? reject(error) : resolve(result));
+        this.#functions.update.async(this.#address, koffi.address(bytes), bytes.length, settle);
+      });
+      if (code !== 1) throw new Error('OpenSSL: SHA256_Update failed');
+    } finally {
+      this.#hashing = undefined;
+    }
+  }
+
   save(): Buffer {
+    this.#assertIdle();
     return Buffer.from(this.#context);
   }
 
   digest(): Buffer {
+    this.#assertIdle();
     const digest = Buffer.from(new ArrayBuffer(DIGEST_SIZE));
     if (this.#functions.final(koffi.address(digest), this.#address) !== 1) {
       throw new Error('OpenSSL: SHA256_Final failed');
     }
     return digest;
+  }
+
+  #assertIdle(): void {
+    if (this.#hashing !== undefined) throw new Error('the SHA-256 is at work on other bytes');
   }
 }
 
