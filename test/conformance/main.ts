@@ -1,6 +1,8 @@
 /**
  * `npm run conformance`: containerd's own test suite for snapshotters, and calls that must be refused, against our
  * snapshotter and against containerd's overlayfs. Whatever overlayfs passes, ours has to pass. Ends with one line of JSON.
+ *
+ *   --short  the suite alone, and of overlayfs only those tests that ours does not pass: the others cannot tell anything
  */
 import { mkdir } from 'node:fs/promises';
 import path from 'node:path';
@@ -20,7 +22,7 @@ const PREFIX = 'erofs-nbd-conf';
 type Results = ReadonlyMap<string, TestResult>;
 
 function cell(result: TestResult | undefined): string {
-  if (result === undefined) return 'missing';
+  if (result === undefined) return isShort ? 'not asked' : 'missing';
   return result.outcome === 'skip' ? 'left out' : `${result.outcome} ${result.seconds.toFixed(2)} s`;
 }
 
@@ -58,6 +60,7 @@ function count(results: Results, outcome: TestResult['outcome']): number {
   return [...results.values()].filter((result) => result.outcome === outcome).length;
 }
 
+const isShort = process.argv.includes('--short');
 if (process.getuid?.() !== 0) throw new Error('conformance needs root: it mounts');
 const programs = await buildGoPrograms();
 await removeAbandonedStacks(PREFIX);
@@ -91,15 +94,19 @@ try {
   });
   try {
     // One after the other, so that neither waits for what the other does to the disk.
-    const run = async (candidate: Candidate): Promise<Results> => {
+    const run = async (candidate: Candidate, tests?: readonly string[]): Promise<Results> => {
       const startedAt = performance.now();
-      const found = await runSuite(programs.suite, candidate, path.join(stack.directory, 'tmp'));
+      const found = await runSuite(programs.suite, candidate, path.join(stack.directory, 'tmp'), tests);
       const seconds = ((performance.now() - startedAt) / 1000).toFixed(0);
       console.log(`the suite on ${candidate.plugin}: ${found.size} tests in ${seconds} s`);
       return found;
     };
     const results = await run(ours);
-    const referenceResults = await run(reference);
+    // A failure of the whole run has a name without a slash, and no other snapshotter has that test.
+    const doubtful = [...results].flatMap(([name, { outcome }]) =>
+      outcome !== 'pass' && name.includes('/') ? [name] : [],
+    );
+    const referenceResults = await run(reference, isShort ? doubtful : undefined);
     console.log(`containerd ${programs.containerdVersion}: snapshots/testsuite, over its client for proxy`);
     console.log('plugins (Proxy) and below its metadata store and garbage collector (Metadata)');
     const failed = printSuite(results, referenceResults);
@@ -112,8 +119,8 @@ try {
     }
 
     const sockets = { ours: ours.socket, overlayfs: reference.socket };
-    const refusals = [...(await compareRefusals(sockets)), ...(await compareOddKeys(sockets))];
-    printRefusals(refusals);
+    const refusals = isShort ? [] : [...(await compareRefusals(sockets)), ...(await compareOddKeys(sockets))];
+    if (refusals.length > 0) printRefusals(refusals);
     const wrongCodes = refusals.filter(({ trouble }) => trouble !== undefined).length;
 
     const passed = count(results, 'pass');
@@ -122,14 +129,18 @@ try {
     const expected = await expectedBackend();
     if (attach !== expected) troubles.push(`layers are attached with ${attach}, not with ${expected}`);
     report = {
-      ok: failed.length + wrongCodes === 0 && passed > 0 && referencePassed > 0,
+      ok: failed.length + wrongCodes === 0 && passed > 0 && (isShort || referencePassed > 0),
       passed,
       failed: failed.length + wrongCodes,
       skipped,
-      reference_passed: referencePassed,
-      reference_failed: count(referenceResults, 'fail'),
-      error_codes: refusals.length,
-      error_codes_wrong: wrongCodes,
+      ...(isShort
+        ? { reference_asked: doubtful.length }
+        : {
+            reference_passed: referencePassed,
+            reference_failed: count(referenceResults, 'fail'),
+            error_codes: refusals.length,
+            error_codes_wrong: wrongCodes,
+          }),
       containerd: programs.containerdVersion,
       attach,
     };
