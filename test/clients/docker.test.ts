@@ -4,10 +4,13 @@
  */
 import { readdir, writeFile } from 'node:fs/promises';
 import path from 'node:path';
+import { gzipSync } from 'node:zlib';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import type { ContainerdSuite, DockerSuite } from '../debian/packages.js';
+import { entry, tar } from '../hand-made-tar.js';
+import { composeImage, digestOf, layerOfBytes, layersOf } from '../image/composed-image.js';
 import type { Image } from '../image/oci-layout.js';
-import { buildTinyImage, TINY_GREETING } from '../image/tiny-image.js';
+import { buildTinyImage, noise, TINY_CONFIGURATION, TINY_GREETING } from '../image/tiny-image.js';
 import { startDocker, type Docker } from '../stack/docker.js';
 import { missingForSystemTests } from '../system/requirements.js';
 import { documentedJson } from './documentation.js';
@@ -23,6 +26,8 @@ const test = (name: string, body: () => Promise<void>): void =>
 const GREETING = TINY_GREETING.trimEnd();
 /** BuildKit's names of its own snapshots; those of images are named by their chains of layers, a container's by it. */
 const BUILT = /^[a-z0-9]{25}(-view)?$/;
+/** Bytes of a file of the image, in a layer of its own, that no step and no container wants. */
+const UNREAD = 4 * 2 ** 20;
 /** The Docker of which suite on each containerd: bookworm's own cannot use containerd's snapshotters. */
 const DOCKERS = { bookworm: 'trixie', trixie: 'trixie', sid: 'sid' } as const;
 
@@ -48,6 +53,12 @@ describe.each(Object.entries(DOCKERS) as [ContainerdSuite, DockerSuite][])(
       'RUN echo built >/etc/motd; rm /data/replaced',
       'RUN cat /etc/motd >/copied; echo x >/data/emptied/built',
     ];
+    /** Bytes that were read of the layer of {@link UNREAD}, its directory among them. */
+    const readOfUnread = async (): Promise<number> => {
+      const devices = (await node.snapshotter.devices()) ?? [];
+      const found = devices.find(({ layerDigest }) => layerDigest === image.layers.at(-1)?.digest);
+      return Number(found?.statistics?.readBytes);
+    };
     /** How many steps were not taken again. */
     const cached = (said: string): number =>
       said.split('\n').filter((line) => /^#\d+ CACHED$/.test(line)).length;
@@ -55,7 +66,15 @@ describe.each(Object.entries(DOCKERS) as [ContainerdSuite, DockerSuite][])(
     beforeAll(async () => {
       if (missing !== undefined) return;
       node = await ClientNode.start({ version: suite });
-      image = await buildTinyImage({ format: 'tar+gzip' });
+      const unread = tar(entry({ name: 'unread' }, noise(UNREAD, 5)));
+      image = await composeImage(
+        node.stack.directory,
+        [
+          ...layersOf(await buildTinyImage({ format: 'tar+gzip' })),
+          layerOfBytes(gzipSync(unread), digestOf(unread)),
+        ],
+        TINY_CONFIGURATION,
+      );
       reference = await node.registry.push(image, 'team/tiny:1');
       docker = await startDocker({
         directory: node.stack.directory,
@@ -102,8 +121,19 @@ describe.each(Object.entries(DOCKERS) as [ContainerdSuite, DockerSuite][])(
         'cat /etc/motd /copied; ls /data/replaced 2>/dev/null || echo gone; cat /data/emptied/fresh';
       expect(await run('built:1', 'sh', '-c', look)).toBe('built\nbuilt\ngone\nall that is left');
       expect((await node.downloaded(image)).sort()).toEqual(image.layers.map(({ digest }) => digest).sort());
+      // The difference of a step is what it has written: the base is not compared with it.
+      expect(await readOfUnread()).toBeLessThan(UNREAD / 4);
       // No layer of the image was unpacked for it.
       expect(await node.served()).toEqual(image.layers.map(({ digest }) => digest).sort());
+    });
+
+    test('makes an image of what a container has changed', async () => {
+      const change = 'echo mine >/etc/motd; rm -r /data/deep';
+      await docker.docker('run', '--name', 'changed', '--network', 'none', reference, 'sh', '-c', change);
+      await docker.docker('commit', 'changed', 'committed:1');
+      const look = 'cat /etc/motd; ls /data/deep 2>/dev/null || echo gone';
+      expect(await run('committed:1', 'sh', '-c', look)).toBe('mine\ngone');
+      await docker.docker('rm', 'changed');
     });
 
     test('builds with files, other images, caches and layers that are merged', async () => {
@@ -120,15 +150,6 @@ describe.each(Object.entries(DOCKERS) as [ContainerdSuite, DockerSuite][])(
       ];
       await docker.build(lines, '--tag', 'merged:1');
       expect(await run('merged:1', 'cat', '/out')).toBe(`built\nbuilt\nof the context\n${GREETING}`);
-    });
-
-    test('makes an image of what a container has changed', async () => {
-      const change = 'echo mine >/etc/motd; rm -r /data/deep';
-      await docker.docker('run', '--name', 'changed', '--network', 'none', reference, 'sh', '-c', change);
-      await docker.docker('commit', 'changed', 'committed:1');
-      const look = 'cat /etc/motd; ls /data/deep 2>/dev/null || echo gone';
-      expect(await run('committed:1', 'sh', '-c', look)).toBe('mine\ngone');
-      await docker.docker('rm', 'changed');
     });
 
     test('says what images and the build cache take', async () => {
