@@ -71,6 +71,7 @@ export async function startDocker(options: DockerOptions): Promise<Docker> {
       group: 'root',
       // Containers have the machine's network or none: nothing of the machine's own is set up.
       bridge: 'none',
+      'ip-forward': false,
       iptables: false,
       ip6tables: false,
       'userland-proxy': false,
