@@ -36,6 +36,14 @@ export async function documentedJson(page: string): Promise<Record<string, unkno
   return JSON.parse(blocks[0] ?? '') as Record<string, unknown>;
 }
 
+/** What tells whether a pull was lazy: snapshots, contents, mounts, status. */
+export async function lookingCommands(): Promise<string[]> {
+  const [block = ''] = await blocksOf('README.md', 'sh');
+  const commands = block.trimEnd().split('\n');
+  expect(commands).toHaveLength(4);
+  return commands;
+}
+
 async function blocksOf(page: string, language = 'toml'): Promise<string[]> {
   const text = await readFile(path.join(checkout, 'docs', 'clients', page), 'utf8');
   return [...text.matchAll(new RegExp(`^\`\`\`${language}\\n([\\s\\S]*?)^\`\`\`$`, 'gm'))].map(

@@ -1,14 +1,19 @@
 /**
  * The configurations of docs/clients, as a user would paste them: pulls by the kubelet's interface and by commands.
  */
+import { mkdir, writeFile } from 'node:fs/promises';
+import path from 'node:path';
+import { execa } from 'execa';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import type { ContainerdSuite } from '../debian/packages.js';
 import type { Image } from '../image/oci-layout.js';
 import { buildTinyImage, TINY_GREETING } from '../image/tiny-image.js';
 import type { ProxyPlugin } from '../stack/containerd.js';
+import { chainIdOf } from '../../snapshotter/layer-reference.js';
+import { COMMAND } from '../command/run-command.js';
 import { missingForSystemTests } from '../system/requirements.js';
 import { CriClient } from './cri-client.js';
-import { documented } from './documentation.js';
+import { documented, lookingCommands } from './documentation.js';
 import { ClientNode, VERSIONS } from './node.js';
 
 const missing = await missingForSystemTests();
@@ -17,6 +22,20 @@ const test = (name: string, body: () => Promise<void>): void =>
     if (missing !== undefined) return context.skip(missing);
     await body();
   });
+
+/** Runs commands of a page on a private node. @returns what each said */
+async function sayAll(commands: readonly string[], node: ClientNode): Promise<string[]> {
+  const own = path.join(node.stack.directory, 'own-command');
+  await mkdir(own, { recursive: true });
+  const { root } = node.snapshotter.plugin;
+  const script = `#!/bin/sh\nexec ${process.execPath} ${COMMAND} "$@" --root ${root}\n`;
+  await writeFile(path.join(own, 'erofs-nbd'), script, { mode: 0o755 });
+  const { environment } = node.containerd;
+  const env = { ...environment, PATH: `${own}:${environment['PATH'] ?? ''}` };
+  const said: string[] = [];
+  for (const command of commands) said.push((await execa('sh', ['-c', command], { env })).stdout);
+  return said;
+}
 
 const PAGES = { bookworm: 'containerd-1.md', trixie: 'containerd-1.md', sid: 'containerd-2.md' } as const;
 
@@ -57,11 +76,21 @@ describe.each(suites)('on %s, the configuration of %s', (version, page) => {
     await node.expectNothingHeld();
   });
 
-  test('lets ctr run what was pulled lazily', async () => {
+  test('lets ctr run what was pulled lazily, and shows that it was', async () => {
     // The command that the page of ctr names for this version.
     if (version === 'sid') await node.ctrPull(reference);
     else await node.pull(reference);
     expect(await node.downloaded(image)).toEqual([]);
+    const [snapshots, contents, mounts, status] = await sayAll(await lookingCommands(), node);
+    const top = image.diffIds.reduce((chain, diffId) => chainIdOf(chain, diffId), '');
+    expect(snapshots).toMatch(new RegExp(`^${top} .*Committed`, 'm'));
+    expect(contents).toContain(image.manifest.digest);
+    for (const digest of digests) {
+      expect(contents).not.toContain(digest);
+      expect(status).toContain(digest.slice('sha256:'.length).slice(0, 12));
+    }
+    const own = mounts?.split('\n').filter((line) => line.includes(node.snapshotter.plugin.root));
+    expect(own).toHaveLength(digests.length);
     expect(await node.served()).toEqual(digests);
     expect(await node.run(reference, 'documented')).toBe(TINY_GREETING.trimEnd());
     await node.removeImages(reference);
