@@ -24,6 +24,7 @@ import {
   status as answer,
   wrongRange,
 } from '../fault-server.js';
+import { forgetPages } from '../forget-pages.js';
 import { EROFS_LAYER, EROFS_LAYER_NEW } from '../image/layer-blob.js';
 import { changed, type SmallErofs, smallErofs, withBrokenRoot, withIdentity } from '../image/small-erofs.js';
 import { patience } from '../patience.js';
@@ -51,11 +52,6 @@ span_size = "4KiB"
 `;
 
 const MIB = 2 ** 20;
-
-/** Has the kernel drop what it has of one file, or one device: the next read asks for it. */
-async function forgetPages(file: string): Promise<void> {
-  await execa('dd', [`if=${file}`, 'iflag=nocache', 'count=0', 'status=none'], { timeout: 20_000 });
-}
 
 describe('Prepare', () => {
   let stack: Stack;
