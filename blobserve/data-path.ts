@@ -9,36 +9,31 @@
  * Between concat and readahead of a tar.gz layer is a switch: to one file with all of the device's bytes, once there is one
  * (materialised-layers.ts).
  *
- * A blob is registry-range → retry → cache (layer-blobs.ts).
+ * A blob is registry-range → retry → cache (layer-blobs.ts). Of a mount by hand it may be a file, and so may the tarindex and
+ * the checkpoints (given-files.ts).
  */
 import { LRUCache } from 'lru-cache';
 import type { Configuration } from '../daemon/configuration.js';
 import type { Logger } from '../daemon/log.js';
 import { control } from '../proto/messages.js';
 import { referencesOf, type LayerBlob, type LayerBlobs } from './layer-blobs.js';
+import type { GivenFiles, GivenLayer } from './given-files.js';
 import type { IndexRequest, LayerIndexer } from './layer-indexer.js';
 import { ErofsFormatError, parseSuperBlock, SUPER_BLOCK_READ } from './layer/erofs/super-block.js';
-import { CheckpointError } from './layer/gzip/gzip-error.js';
-import { ZwinIndex } from './layer/gzip/zwin.js';
 import type { LayerIndexFiles, LayerIndexRecord } from './layer/index/layer-index.js';
 import type { MaterialisedLayers } from './materialised-layers.js';
 import type { PublishedIndexes } from './published/published-indexes.js';
 import { type BlobReader, ReadError } from './readers/blob-reader.js';
-import { ConcatReader } from './readers/concat.js';
 import { FileReader } from './readers/file.js';
-import { GunzipReader, type GunzipReaderOptions } from './readers/gunzip.js';
 import { GuardReader } from './readers/guard.js';
 import { InflatedCache } from './readers/inflated-cache.js';
 import { ReadaheadReader } from './readers/readahead.js';
 import type { RegistryRangeReader } from './readers/registry-range.js';
 import { SwitchReader } from './readers/switch.js';
-import { ZerosReader } from './readers/zeros.js';
 import { abortable } from './registry/transport.js';
+import { LayerRefusedError, openGivenTar, openIndexedTar } from './tar-device.js';
 
-/** A layer whose bytes are not what its manifest says they are: it never reaches the kernel. */
-export class LayerRefusedError extends Error {
-  override readonly name = 'LayerRefusedError';
-}
+export { LayerRefusedError } from './tar-device.js';
 
 /** A layer ready to be a device. */
 export interface LayerPath {
@@ -64,6 +59,8 @@ export interface LayerPathsOptions {
   readonly indexer: LayerIndexer;
   readonly published: PublishedIndexes;
   readonly materialised: Pick<MaterialisedLayers, 'add'>;
+  /** What takes the place of a registry's blob and of an index of ours. */
+  readonly given?: GivenFiles;
   readonly log: Logger;
 }
 
@@ -86,6 +83,8 @@ export class LayerPaths {
    * @throws {ImageReferenceError | RangeError} the source makes no sense
    */
   async open(source: Source, checked: boolean, signal: AbortSignal): Promise<LayerPath> {
+    const given = this.#given(source);
+    if (given !== undefined) return this.#openGiven(source, given, signal);
     if (source.kind === control.LayerKind.EROFS) return this.#openNative(source, checked, signal);
     if (source.kind === control.LayerKind.TAR || source.kind === control.LayerKind.TAR_GZIP) {
       return this.#openClassic(source, signal);
@@ -100,12 +99,21 @@ export class LayerPaths {
     return this.#options.indexer.ensure(this.#indexRequest(source));
   }
 
+  #given(source: Source): GivenLayer | undefined {
+    return this.#options.given?.[source.layerDigest ?? ''];
+  }
+
   #indexRequest(source: Source): IndexRequest {
     const digest = source.layerDigest ?? '';
+    const size = source.size ?? 0;
+    const request = { digest, size, diffId: source.diffId ?? '' };
+    const path = this.#given(source)?.blob;
+    if (path !== undefined) {
+      const open = async () => ({ reader: await FileReader.open({ path, size }), forget: () => undefined });
+      return { ...request, open };
+    }
     return {
-      digest,
-      size: source.size ?? 0,
-      diffId: source.diffId ?? '',
+      ...request,
       open: async () => {
         const { cache, range } = await this.#options.blobs.open(source);
         this.#indexTraffic.set(digest, range.traffic);
@@ -219,30 +227,19 @@ export class LayerPaths {
     const indexing = this.#indexTraffic.get(record.digest);
     this.#indexTraffic.delete(record.digest);
     const files = this.#options.indexer.files(record.digest);
-    const opened: { close(): Promise<void> }[] = [];
+    const blob = await this.#options.blobs.open(source);
+    const {
+      device: whole,
+      tar,
+      verifiable,
+    } = await openIndexedTar({ name, blob: blob.cache, inflated: this.#inflated }, record, files);
     try {
-      const blob = await this.#options.blobs.open(source);
-      opened.push(blob.cache);
-      let tar: BlobReader = blob.cache;
-      let verifiable = false;
-      if (record.compression === 'gzip') {
-        const sizes = { compressed: record.blobSize, uncompressed: record.tarSize };
-        const index = await ZwinIndex.open(files.checkpoints, sizes);
-        opened.push(index);
-        tar = gunzip({ name, next: blob.cache, index, cache: this.#inflated });
-        opened.splice(0, opened.length, tar);
-        verifiable = index.spanDigests !== undefined;
-      }
       // What has just been indexed is here as a whole.
       if (this.#options.configuration.integrity.verify === 'strict' && !verifiable) {
         await abortable(this.#options.blobs.complete(blob), signal);
       }
-      const tarindex = await FileReader.open({ path: files.tarindex, size: record.tarindexSize });
-      opened.push(tarindex);
-      const padding = record.deviceSize - record.tarindexSize - record.tarSize;
-      const parts = [tarindex, tar, ...(padding > 0 ? [new ZerosReader(padding)] : [])];
       const before = indexing ?? { requests: 0, bytes: 0 };
-      const device = new SwitchReader(name, new ConcatReader(name, parts));
+      const device = new SwitchReader(name, whole);
       const path = this.#path(blob, device, before);
       const ended = new AbortController();
       const confirmed =
@@ -262,9 +259,63 @@ export class LayerPaths {
         },
       };
     } catch (error) {
-      for (const one of opened) await one.close();
+      await whole.close();
       throw error;
     }
+  }
+
+  /** Files that whoever mounts has named, in place of the registry's blob, of an index of ours, or both. */
+  async #openGiven(source: Source, given: GivenLayer, signal: AbortSignal): Promise<LayerPath> {
+    const remote = given.blob === undefined ? await this.#options.blobs.open(source) : undefined;
+    const blob = remote?.cache ?? (await FileReader.open({ path: given.blob ?? '', size: source.size ?? 0 }));
+    const device = await this.#givenDevice(source, given, blob, signal);
+    if (remote === undefined) return this.#localPath(device);
+    try {
+      if (this.#options.configuration.integrity.verify === 'strict') {
+        await abortable(this.#options.blobs.complete(remote), signal);
+      }
+      return this.#path(remote, device);
+    } catch (error) {
+      await device.close();
+      throw error;
+    }
+  }
+
+  /** @param blob becomes the device's, which closes it; also when this fails */
+  async #givenDevice(
+    source: Source,
+    given: GivenLayer,
+    blob: BlobReader,
+    signal: AbortSignal,
+  ): Promise<BlobReader> {
+    const name = `layer ${source.layerDigest ?? ''}`;
+    const { tarindex } = given;
+    if (tarindex !== undefined) {
+      return (await openGivenTar({ name, blob, inflated: this.#inflated }, { ...given, tarindex })).device;
+    }
+    try {
+      if (source.kind === control.LayerKind.EROFS) {
+        await checkSuperBlock(blob, source.layerDigest ?? '');
+        return blob;
+      }
+      const record = await abortable(this.index(source), signal);
+      const files = this.#options.indexer.files(record.digest);
+      return (await openIndexedTar({ name, blob, inflated: this.#inflated }, record, files)).device;
+    } catch (error) {
+      await blob.close();
+      throw error;
+    }
+  }
+
+  /** Nothing is fetched, verified or kept of what is on the disk already. */
+  #localPath(device: BlobReader): LayerPath {
+    const guard = new GuardReader(device);
+    return {
+      reader: guard,
+      statistics: () => ({ cachedBytes: device.size, fetchedBytes: 0, requests: 0, misses: 0 }),
+      alsoFrom: () => undefined,
+      close: () => guard.close(),
+    };
   }
 
   /** Has the layer served from a file some day. @param confirmed whether its index can be relied upon, some day too */
@@ -315,16 +366,6 @@ export class LayerPaths {
   #readahead(next: BlobReader): ReadaheadReader {
     const { cache, fetch } = this.#options.configuration;
     return new ReadaheadReader(next, { minWindowBytes: cache.span_size, maxWindowBytes: fetch.readahead });
-  }
-}
-
-/** @throws {LayerRefusedError} the layer has so few places to begin at that it cannot be read in place */
-function gunzip(options: GunzipReaderOptions): GunzipReader {
-  try {
-    return new GunzipReader(options);
-  } catch (error) {
-    if (!(error instanceof CheckpointError)) throw error;
-    throw new LayerRefusedError(error.message, { cause: error });
   }
 }
 

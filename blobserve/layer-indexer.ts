@@ -18,6 +18,7 @@ import {
   type LayerIndexRecord,
 } from './layer/index/layer-index.js';
 import type { ResumeDistance } from './layer/gzip/indexer.js';
+import { lockIndex } from './layer/index/index-lock.js';
 import { sweepLeftovers } from './layer/index/leftovers.js';
 import { type LayerScanOptions, scanThreadLimits } from './layer/index/layer-scan.js';
 import type { ScanReply, ScanRequest } from './layer/index/scan-thread.js';
@@ -139,25 +140,47 @@ export class LayerIndexer {
     // Whatever it has begun to remove.
     await this.#sweeping?.catch(() => undefined);
     const files = this.files(request.digest);
+    return (
+      (await this.#find(request, files)) ??
+      this.#limit(() =>
+        this.#alone(request.digest, files, async () => {
+          // Another process may have made it meanwhile.
+          const found = await this.#find(request, files);
+          if (found !== undefined) return found;
+          const published = await request.published?.(files);
+          if (published === undefined) return this.#make(request, files);
+          await writeIndexRecord(files, published);
+          return published;
+        }),
+      )
+    );
+  }
+
+  async #find(request: IndexRequest, files: LayerIndexFiles): Promise<LayerIndexRecord | undefined> {
     try {
       const record = await readIndexRecord(files, request);
-      if (record !== undefined) {
-        checkDiffId(request, record);
-        return record;
-      }
+      if (record !== undefined) checkDiffId(request, record);
+      return record;
     } catch (error) {
       if (!(error instanceof LayerIndexError)) throw error;
       this.#options.log.warn(
         { layer: request.digest, reason: error.message },
         'index is unusable; making it again',
       );
+      return undefined;
     }
-    return this.#limit(async () => {
-      const published = await request.published?.(files);
-      if (published === undefined) return this.#make(request, files);
-      await writeIndexRecord(files, published);
-      return published;
-    });
+  }
+
+  /** Runs `work` while no other process works on the index. */
+  async #alone<T>(digest: string, { record }: LayerIndexFiles, work: () => Promise<T>): Promise<T> {
+    const release = await lockIndex(record.replace(/json$/, 'lock'), () =>
+      this.#options.log.info({ layer: digest }, 'another process indexes the layer: waiting for it'),
+    );
+    try {
+      return await work();
+    } finally {
+      release();
+    }
   }
 
   /**
@@ -174,26 +197,28 @@ export class LayerIndexer {
     const { origin, ...record } = published;
     if (origin === undefined) return;
     const own = indexFiles(path.join(this.#options.directory, CONFIRM), digest);
-    await this.#limit(async () => {
-      const blob = await request.open();
-      try {
-        const made = await new Scanning(request, own, blob.reader, this.#options, true).run();
-        const same = made.tarSize === record.tarSize && made.tarindexDigest === record.tarindexDigest;
-        if (!same || !(await givesTar(tar, made.diffId))) {
-          await refuseIndex(this.files(digest), origin.digest);
-          await clearIndex(this.files(digest));
-          throw new ReadError(
-            'corrupt',
-            `layer ${digest}: the index ${origin.digest} (${origin.kind}) that was published for it shows something else ` +
-              'than the layer has; it is used no more. Look who may push to the repository, remove the image and pull it again',
-          );
+    await this.#limit(() =>
+      this.#alone(digest, own, async () => {
+        const blob = await request.open();
+        try {
+          const made = await new Scanning(request, own, blob.reader, this.#options, true).run();
+          const same = made.tarSize === record.tarSize && made.tarindexDigest === record.tarindexDigest;
+          if (!same || !(await givesTar(tar, made.diffId))) {
+            await refuseIndex(this.files(digest), origin.digest);
+            await clearIndex(this.files(digest));
+            throw new ReadError(
+              'corrupt',
+              `layer ${digest}: the index ${origin.digest} (${origin.kind}) that was published for it shows something else ` +
+                'than the layer has; it is used no more. Look who may push to the repository, remove the image and pull it again',
+            );
+          }
+          await writeIndexRecord(this.files(digest), record);
+        } finally {
+          await blob.reader.close();
+          await clearIndex(own);
         }
-        await writeIndexRecord(this.files(digest), record);
-      } finally {
-        await blob.reader.close();
-        await clearIndex(own);
-      }
-    });
+      }),
+    );
     this.#options.log.info({ layer: digest, index: origin.digest }, 'the published index is the layer’s own');
   }
 

@@ -20,6 +20,7 @@ import { FuseBackend } from './attach/fuse-backend.js';
 import { NbdBackend } from './attach/nbd-backend.js';
 import { controlImplementation } from './control-service.js';
 import { LayerPaths } from './data-path.js';
+import { readGivenFiles } from './given-files.js';
 import { LayerBlobs } from './layer-blobs.js';
 import { LayerIndexer } from './layer-indexer.js';
 import { isClassic, LayerLookup } from './layer-lookup.js';
@@ -129,7 +130,16 @@ async function main(): Promise<void> {
     space: blobs.space,
     log,
   });
-  const paths = new LayerPaths({ configuration, blobs, indexer, published, materialised, log });
+  const given = readGivenFiles(layout.givenFiles);
+  const paths = new LayerPaths({
+    configuration,
+    blobs,
+    indexer,
+    published,
+    materialised,
+    given: given ?? {},
+    log,
+  });
   /** The layers of an image are indexed side by side: whoever wants one will want the others next. */
   const indexSiblings = async (source: control.LayerSource.$Properties): Promise<void> => {
     const layers = await lookup.layers(source, '');
@@ -140,7 +150,8 @@ async function main(): Promise<void> {
   const server = new LayerServer({
     backend,
     openLayer: (source, checked, signal) => {
-      if (!checked && isClassic(source.kind)) {
+      // Whoever mounts by hand asks for all layers that are wanted at once.
+      if (!checked && isClassic(source.kind) && given === undefined) {
         // Whoever attaches those layers is told what went wrong with them.
         indexSiblings(source).catch((error: unknown) => log.debug({ err: error }, 'not indexed ahead'));
       }

@@ -6,6 +6,8 @@ import { VERSION } from '../daemon/version.js';
 import { addDoctorCommand } from './doctor.js';
 import { addInspectCommand } from './inspect.js';
 import { addIndexCommand } from './index-command.js';
+import { addMountCommand } from './mount-command.js';
+import { addListCommand, addReattachCommand, addUmountCommand } from './mounts-commands.js';
 import { addStatusCommand } from './status.js';
 import { addTopCommand } from './top.js';
 import { addPullCommand } from './pull-command.js';
@@ -21,6 +23,10 @@ export function createProgram(): Command {
   // Here each subcommand's file adds its command, in the order of the help.
   addPullCommand(program);
   addIndexCommand(program);
+  addMountCommand(program);
+  addUmountCommand(program);
+  addListCommand(program);
+  addReattachCommand(program);
   addStatusCommand(program);
   addTopCommand(program);
   addDoctorCommand(program);

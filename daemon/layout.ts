@@ -23,6 +23,8 @@ export interface Layout {
   readonly blobserveProcess: string;
   /** Who holds the FUSE connection besides the daemons. */
   readonly fuseKeeper: string;
+  /** Files that take the place of what a registry or this node would give, by layer; only there for mounts by hand. */
+  readonly givenFiles: string;
 }
 
 export function layout(root: string): Layout {
@@ -38,5 +40,6 @@ export function layout(root: string): Layout {
     controlSocket: below('blobserve.sock'),
     blobserveProcess: below('blobserve.json'),
     fuseKeeper: below('fuse-keeper.json'),
+    givenFiles: below('given-files.json'),
   };
 }

@@ -76,6 +76,13 @@ export interface BlobServeProcessOptions {
   readonly silenceTimeoutMs: number;
   /** When a process that is found gives its devices to a new one. */
   readonly handover: 'never' | 'other-version' | 'always';
+  /** Descriptor that the process logs to; default: where this one does. */
+  readonly output?: number;
+  /**
+   * One end of a new stream socket for each process that is started, which holds it as long as it lives: whoever has the
+   * other end sees its end.
+   */
+  readonly lifeline?: () => number;
   /** Is called with a process that is found running, before it is adopted or replaced. */
   readonly onFound: (client: BlobServeClient) => Promise<void>;
   /** Is called with each process that has been started, before anybody else calls it. */
@@ -314,6 +321,7 @@ export class BlobServeProcess {
   async #start(): Promise<void> {
     const { args, backend, backendReason, log } = this.#options;
     const fuseDescriptor = this.#options.fuseDescriptor();
+    const output = this.#options.output ?? 'inherit';
     const child = spawn(
       process.execPath,
       [
@@ -328,7 +336,11 @@ export class BlobServeProcess {
         ...(fuseDescriptor >= 0 ? ['--fuse-descriptor', '3'] : []),
       ],
       {
-        stdio: ['pipe', 'inherit', 'inherit', fuseDescriptor >= 0 ? fuseDescriptor : 'ignore'],
+        stdio: [
+          ...(['pipe', output, output] as const),
+          fuseDescriptor >= 0 ? fuseDescriptor : 'ignore',
+          ...(this.#options.lifeline === undefined ? [] : [this.#options.lifeline()]),
+        ],
         detached: true,
         cwd: '/',
         env: {

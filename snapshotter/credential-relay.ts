@@ -6,6 +6,7 @@
 import type { Logger } from '../daemon/log.js';
 import { type PullPlace, PullCredentials } from '../blobserve/registry/pull-credentials.js';
 import type { Credentials } from '../blobserve/registry/credentials.js';
+import type { control } from '../proto/messages.js';
 import type { BlobServeClient } from './blobserve-client.js';
 
 export interface CredentialRelayOptions {
@@ -49,7 +50,7 @@ export class CredentialRelay {
   async takeFrom(client: BlobServeClient): Promise<void> {
     try {
       const { repositories } = await client.pullCredentials();
-      for (const repository of repositories) this.#held.take(repository);
+      this.take(repositories);
     } catch (error) {
       this.#options.log.warn({ err: error }, 'the running data plane does not tell the credentials of pulls');
     }
@@ -57,13 +58,23 @@ export class CredentialRelay {
 
   /** Tells a data plane that has just started all there is. */
   async giveTo(client: BlobServeClient): Promise<void> {
-    const repositories = this.#held.messages();
+    const repositories = this.messages();
     if (repositories.length === 0) return;
     try {
       await client.keepPullCredentials(repositories);
     } catch (error) {
       this.#options.log.error({ err: error }, 'the data plane was not told the credentials of pulls');
     }
+  }
+
+  /** All that is held. */
+  messages(): control.RepositoryCredentials.$Properties[] {
+    return this.#held.messages();
+  }
+
+  /** Holds what another process held; a data plane is told when it starts. */
+  take(repositories: readonly control.RepositoryCredentials.$Properties[]): void {
+    for (const repository of repositories) this.#held.take(repository);
   }
 
   async #tell(place: PullPlace): Promise<void> {

@@ -12,7 +12,7 @@ import type { Layout } from '../daemon/layout.js';
 import type { Logger } from '../daemon/log.js';
 import type { control } from '../proto/messages.js';
 import { chooseBackend } from './backend-choice.js';
-import { BlobServeProcess } from './blobserve-process.js';
+import { BlobServeProcess, type BlobServeProcessOptions } from './blobserve-process.js';
 import type { CredentialRelay } from './credential-relay.js';
 import { dropFuse, endKeeper, isKept, keepFuse, takeKeptFuse } from './fuse-keeper.js';
 import { mountAt, mountTable } from './mount-table.js';
@@ -31,6 +31,8 @@ export interface DataPlaneOptions {
   readonly credentials: Pick<CredentialRelay, 'takeFrom' | 'giveTo'>;
   /** Holds the FUSE connection for the next snapshotter, where there is systemd. */
   readonly store: DescriptorStore;
+  /** Where a data plane that is started logs to, and how its end is seen; default: as this process, and from here. */
+  readonly started?: Pick<BlobServeProcessOptions, 'output' | 'lifeline'>;
   readonly log: Logger;
 }
 
@@ -65,6 +67,7 @@ export async function openDataPlane(options: DataPlaneOptions): Promise<BlobServ
       handover: !choice.survives ? 'never' : options.handover ? 'always' : 'other-version',
       onFound: (client) => options.credentials.takeFrom(client),
       onAnswers: (client) => options.credentials.giveTo(client),
+      ...options.started,
       log,
     });
   let dataPlane = create();

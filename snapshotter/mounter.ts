@@ -11,6 +11,16 @@ import { fileURLToPath } from 'node:url';
 
 export type MountRequest =
   | { readonly operation: 'mount'; readonly source: string; readonly target: string }
+  | { readonly operation: 'bind'; readonly source: string; readonly target: string; readonly flags: number }
+  | {
+      readonly operation: 'overlay';
+      /** What the lower directories are relative to: mount(2) takes one page of options. */
+      readonly directory: string;
+      /** The nearest first. */
+      readonly lower: readonly string[];
+      readonly target: string;
+      readonly flags: number;
+    }
   | { readonly operation: 'unmount'; readonly target: string; readonly lazy: boolean };
 
 export type MountReply =
@@ -75,6 +85,27 @@ export class Mounter {
   }
 
   /**
+   * Shows a directory at another place too.
+   *
+   * @param flags of mount(2), for that place
+   * @throws {MountError}
+   */
+  bind(source: string, target: string, flags: number): Promise<void> {
+    return this.#call({ operation: 'bind', source, target, flags });
+  }
+
+  /**
+   * Stacks directories by overlayfs, without a place to write to.
+   *
+   * @param lower at least two, relative to `directory`, the nearest first
+   * @param flags of mount(2)
+   * @throws {MountError}
+   */
+  overlay(directory: string, lower: readonly string[], target: string, flags: number): Promise<void> {
+    return this.#call({ operation: 'overlay', directory, lower, target, flags });
+  }
+
+  /**
    * Unmounts what is on top at this place.
    *
    * @param lazy detach at once and let the kernel finish when the last user is gone; only for a mount whose server is dead
@@ -132,7 +163,7 @@ export class Mounter {
   }
 
   #carryOut(child: ChildProcess, { request, settle }: Waiting): void {
-    const what = request.operation === 'mount' ? `mount of ${request.source} on` : 'umount of';
+    const what = nameOf(request);
     let finished = false;
     const finish = (reply: MountReply, reusable: boolean): void => {
       if (finished) return;
@@ -180,4 +211,10 @@ export class Mounter {
     child.channel?.unref();
     this.#idle.push({ child, timer });
   }
+}
+
+function nameOf(request: MountRequest): string {
+  if (request.operation === 'unmount') return 'umount of';
+  const source = request.operation === 'overlay' ? `${request.lower.length} layers` : request.source;
+  return `mount of ${source} on`;
 }

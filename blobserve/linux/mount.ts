@@ -12,7 +12,14 @@ const umountCall = libc.func('int umount2(str target, int flags)');
 
 // Source of the numbers: Linux, include/uapi/linux/mount.h and include/linux/fs.h.
 export const MS_RDONLY = 1;
+export const MS_NOSUID = 2;
+export const MS_NODEV = 4;
+export const MS_NOEXEC = 8;
+export const MS_REMOUNT = 32;
 export const MS_NOATIME = 1024;
+export const MS_NODIRATIME = 2048;
+export const MS_BIND = 4096;
+export const MS_RELATIME = 1 << 21;
 export const MNT_DETACH = 2;
 const UMOUNT_NOFOLLOW = 8;
 
