@@ -2,7 +2,7 @@
  * Reads a directory tree as the kernel shows it and tells how two of them differ: names, types, modes, owners, times to
  * the nanosecond, xattrs, link targets, link counts, which names are one file, device numbers and contents.
  */
-import { createHash } from 'node:crypto';
+import { createHash, hash } from 'node:crypto';
 import { closeSync, lstatSync, openSync, readSync, readdirSync, readlinkSync } from 'node:fs';
 import { libc, systemCallError } from '../blobserve/linux/libc.js';
 
@@ -87,7 +87,7 @@ export function readTree(root: string, options: { contents?: boolean } = {}): Tr
       device: type === 'char' || type === 'block' ? showDevice(stat.rdev) : '',
       size: type === 'directory' ? 0 : Number(stat.size),
       target: type === 'symlink' ? readlinkSync(full, { encoding: 'buffer' }).toString('latin1') : '',
-      sha256: type === 'file' && options.contents !== false ? digestOf(full) : '',
+      sha256: type === 'file' && options.contents !== false ? digestOf(full, Number(stat.size)) : '',
       sameAs: first.get(`${stat.dev}:${stat.ino}`) ?? path,
       xattrs: xattrsOf(full),
     });
@@ -145,14 +145,21 @@ function showDevice(rdev: bigint): string {
 
 const buffer = Buffer.alloc(1024 * 1024);
 
-function digestOf(path: Buffer): string {
-  const hash = createHash('sha256');
+/** Of a hundred thousand small files, what is done once less for each is most of the time. */
+function digestOf(path: Buffer, size: number): string {
   const descriptor = openSync(path, 'r');
   try {
-    for (;;) {
-      const length = readSync(descriptor, buffer, 0, buffer.length, null);
-      if (length === 0) return hash.digest('hex');
-      hash.update(buffer.subarray(0, length));
+    if (size < buffer.length) {
+      // One byte more than there should be: whoever has more than its size shows it.
+      const length = readSync(descriptor, buffer, 0, size + 1, null);
+      if (length === size) return hash('sha256', buffer.subarray(0, length));
+    }
+    const whole = createHash('sha256');
+    for (let at = 0; ;) {
+      const length = readSync(descriptor, buffer, 0, buffer.length, at);
+      if (length === 0) return whole.digest('hex');
+      whole.update(buffer.subarray(0, length));
+      at += length;
     }
   } finally {
     closeSync(descriptor);

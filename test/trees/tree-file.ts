@@ -1,23 +1,28 @@
 /** Trees kept in files, so that one is read on one machine and compared on another: a line of JSON for each entry. */
 import { createReadStream } from 'node:fs';
-import { open } from 'node:fs/promises';
+import { open, readFile } from 'node:fs/promises';
 import { createInterface } from 'node:readline';
 import type { Tree, TreeEntry } from '../tree.js';
 
 export async function writeTree(file: string, tree: Tree): Promise<void> {
   const handle = await open(file, 'w');
   try {
-    let lines: string[] = [];
-    for (const [path, entry] of tree) {
-      lines.push(lineOf(path, entry));
-      if (lines.length < 1000) continue;
-      await handle.appendFile(`${lines.join('\n')}\n`);
-      lines = [];
-    }
-    await handle.appendFile(lines.map((line) => `${line}\n`).join(''));
+    for (const lines of linesOf(tree)) await handle.appendFile(lines);
   } finally {
     await handle.close();
   }
+}
+
+/** The lines of a tree, some at a time. */
+function* linesOf(tree: Tree): Generator<string> {
+  let lines: string[] = [];
+  for (const [path, entry] of tree) {
+    lines.push(`${lineOf(path, entry)}\n`);
+    if (lines.length < 1000) continue;
+    yield lines.join('');
+    lines = [];
+  }
+  yield lines.join('');
 }
 
 function lineOf(path: string, { mtimeNs, ...entry }: TreeEntry): string {
@@ -26,12 +31,14 @@ function lineOf(path: string, { mtimeNs, ...entry }: TreeEntry): string {
 
 /** Whether the file is what `writeTree` would make of the tree: much faster to find out than how they differ. */
 export async function isTreeFile(file: string, tree: Tree): Promise<boolean> {
-  const entries = tree[Symbol.iterator]();
-  for await (const line of createInterface({ input: createReadStream(file) })) {
-    const next = entries.next();
-    if (next.done === true || lineOf(...next.value) !== line) return false;
+  const written = await readFile(file);
+  let at = 0;
+  for (const lines of linesOf(tree)) {
+    const bytes = Buffer.from(lines);
+    if (!written.subarray(at, at + bytes.length).equals(bytes)) return false;
+    at += bytes.length;
   }
-  return entries.next().done === true;
+  return at === written.length;
 }
 
 /** @throws when the file is not there or not whole */
