@@ -101,6 +101,7 @@ export class LayerStore {
   readonly #byDigest: Database.Statement<[string], Wide<LayerColumns>>;
   readonly #user: Database.Statement<[number], { id: number }>;
   readonly #orphans: Database.Statement<[], Wide<LayerColumns>>;
+  readonly #usedCount: Database.Statement<[], { layers: number }>;
   readonly #insert: Database.Statement<(string | number | bigint)[]>;
   readonly #setFacts: Database.Statement<(string | number)[]>;
   readonly #insertOther: Database.Statement<[number, string, string, bigint]>;
@@ -118,6 +119,7 @@ export class LayerStore {
     this.#byId = wide<[number], LayerColumns>(`${LAYER} WHERE id = ?`);
     this.#byDigest = wide<[string], LayerColumns>(`${LAYER} WHERE digest = ?`);
     this.#user = database.prepare('SELECT id FROM snapshots WHERE layer_id = ? LIMIT 1');
+    this.#usedCount = database.prepare('SELECT count(DISTINCT layer_id) AS layers FROM snapshots');
     this.#orphans = wide<[], LayerColumns>(
       `${LAYER} WHERE NOT EXISTS (SELECT 1 FROM snapshots WHERE layer_id = layers.id) ORDER BY id`,
     );
@@ -163,6 +165,11 @@ export class LayerStore {
   /** Whether a snapshot is made of the layer. */
   isUsed(layerId: number): boolean {
     return this.#database.read(`find users of layer ${layerId}`, () => this.#user.get(layerId)) !== undefined;
+  }
+
+  /** How many layers snapshots are made of. */
+  countUsed(): number {
+    return this.#database.read('count used layers', () => this.#usedCount.get()?.layers ?? 0);
   }
 
   /**

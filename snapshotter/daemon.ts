@@ -55,6 +55,17 @@ const CACHE_USAGE_AGE = 15_000;
 /** containerd's own limit for messages is 16 MiB. */
 const MESSAGE_MAX = 16 * 2 ** 20;
 
+/** Containers or images need what was to be taken away. */
+export class LayersInUseError extends Error {
+  constructor(layers: number, root: string) {
+    super(
+      `${layers} layers in ${root} are used by snapshots: nothing was detached. Remove the containers and images of this ` +
+        'snapshotter from containerd, in every namespace, and try again. When that containerd is gone for good, ' +
+        '--teardown --force detaches them: a container that still runs on them then gets EIO',
+    );
+  }
+}
+
 export class Daemon {
   readonly #options: DaemonOptions;
   readonly #layout: Layout;
@@ -164,11 +175,20 @@ export class Daemon {
   }
 
   /**
-   * Unmounts and detaches every layer and ends the data plane, without serving. Snapshots stay in the database, and their
-   * layers are attached again when they are wanted.
+   * Unmounts and detaches every layer and ends the data plane, without serving. Snapshots that there are all the same stay in
+   * the database, and their layers are attached again when they are wanted.
+   *
+   * @param force also when snapshots use layers. A container that runs on them loses its files: an overlay keeps no mount
+   * below it from being unmounted, so the kernel does not say that it is in use
+   * @throws {LayersInUseError} before anything is touched
    */
-  async teardown(): Promise<void> {
+  async teardown(force: boolean): Promise<void> {
     const { attachments } = await this.#open();
+    const used = this.#layers?.countUsed() ?? 0;
+    if (used > 0 && !force) {
+      this.#close();
+      throw new LayersInUseError(used, this.#layout.root);
+    }
     const dataPlane = await this.#dataPlaneOf(attachments);
     const failures = await attachments.detachAll();
     if (failures > 0) {

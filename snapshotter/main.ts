@@ -9,7 +9,7 @@ import { createLogger, LOG_LEVELS } from '../daemon/log.js';
 import { VERSION } from '../daemon/version.js';
 import { MetadataError } from '../metadata/errors.js';
 import { RootInUseError } from '../metadata/root-lock.js';
-import { Daemon } from './daemon.js';
+import { Daemon, LayersInUseError } from './daemon.js';
 import { ServiceManager } from './service-manager.js';
 import { SocketError } from './socket.js';
 
@@ -19,6 +19,7 @@ interface CommandLine {
   address?: string;
   logLevel?: string;
   teardown?: true;
+  force?: true;
   handover?: true;
 }
 
@@ -29,7 +30,11 @@ const command = new Command('erofs-nbd-snapshotter')
   .option('--root <directory>', 'where snapshots, cache and database live (default: /var/lib/erofs-nbd)')
   .option('--address <socket>', 'socket for containerd (default: /run/erofs-nbd/snapshotter.sock)')
   .addOption(new Option('--log-level <level>', 'how much to log').choices([...LOG_LEVELS]))
-  .option('--teardown', 'detach every layer, end the data plane, and exit: before an uninstall')
+  .option(
+    '--teardown',
+    'detach every layer, end the data plane, and exit: before an uninstall; refused while snapshots use layers',
+  )
+  .option('--force', 'with --teardown: also while snapshots use layers; containers that run lose their files')
   .option('--handover', 'replace the running data plane by a new one, which takes its devices over')
   .showHelpAfterError()
   .configureOutput({ outputError: (text, write) => write(text) })
@@ -71,7 +76,7 @@ async function main(): Promise<void> {
     log,
   });
   if (options.teardown === true) {
-    await daemon.teardown();
+    await daemon.teardown(options.force === true);
     return;
   }
   let stopping = false;
@@ -98,6 +103,7 @@ main().catch((error: unknown) => {
   const known =
     error instanceof ConfigurationError ||
     error instanceof RootInUseError ||
+    error instanceof LayersInUseError ||
     error instanceof MetadataError ||
     error instanceof SocketError;
   const text =
