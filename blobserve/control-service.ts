@@ -14,6 +14,8 @@ import { counted } from './metrics.js';
 import type { PullCredentials } from './registry/pull-credentials.js';
 import { ImageReferenceError } from './registry/reference.js';
 import { ReadError, type ReadErrorKind } from './readers/blob-reader.js';
+import type { FetchUrgency } from './readers/fetch-slots.js';
+import type { ReadingRecord } from './readers/reading-record.js';
 import { RegistryError, type RegistryFailure } from './registry/registry-error.js';
 
 export interface ControlOptions {
@@ -50,7 +52,12 @@ const CODES: Readonly<Record<ReadErrorKind | RegistryFailure, grpc.status>> = {
 /** gRPC carries the message in a header, and peers bound the size of headers. */
 const MESSAGE_MAX = 2000;
 
+class NotAttachedError extends Error {
+  override readonly name = 'NotAttachedError';
+}
+
 function statusOf(error: unknown): grpc.status {
+  if (error instanceof NotAttachedError) return grpc.status.NOT_FOUND;
   if (error instanceof ReadError) return CODES[error.kind];
   if (error instanceof RegistryError) return CODES[error.kind];
   if (error instanceof LayerRefusedError || error instanceof NotIndexableError)
@@ -58,6 +65,22 @@ function statusOf(error: unknown): grpc.status {
   if (error instanceof RangeError || error instanceof ImageReferenceError)
     return grpc.status.INVALID_ARGUMENT;
   return grpc.status.INTERNAL;
+}
+
+const URGENCIES: Readonly<Record<FetchUrgency, control.FetchUrgency>> = {
+  wanted: control.FetchUrgency.WANTED,
+  readahead: control.FetchUrgency.READAHEAD,
+  background: control.FetchUrgency.BACKGROUND,
+};
+
+function readingMessage(record: ReadingRecord): control.ReadingResponse.$Properties {
+  return {
+    beganAtMs: record.beganAt,
+    reads: [...record.reads],
+    fetches: record.fetches.map(({ urgency, ...fetch }) => ({ ...fetch, urgency: URGENCIES[urgency] })),
+    readsLeftOut: record.leftOut.reads,
+    fetchesLeftOut: record.leftOut.fetches,
+  };
 }
 
 export function controlImplementation(options: ControlOptions): grpc.UntypedServiceImplementation {
@@ -113,6 +136,11 @@ export function controlImplementation(options: ControlOptions): grpc.UntypedServ
       hosts: options.hosts(),
       awaited: server.awaited(),
     })),
+    reading: unary('Reading', ({ layerId }: control.ReadingRequest) => {
+      const record = server.reading(layerId);
+      if (record === undefined) throw new NotAttachedError(`layer ${layerId} is not attached`);
+      return readingMessage(record);
+    }),
     keepPullCredentials: unary('KeepPullCredentials', (request: control.KeepPullCredentialsRequest) => {
       for (const repository of request.repositories) options.pulls.take(repository);
       return {};

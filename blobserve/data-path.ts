@@ -28,6 +28,7 @@ import { FileReader } from './readers/file.js';
 import { GuardReader } from './readers/guard.js';
 import { InflatedCache } from './readers/inflated-cache.js';
 import { ReadaheadReader } from './readers/readahead.js';
+import { ReadingRecord } from './readers/reading-record.js';
 import type { RegistryRangeReader } from './readers/registry-range.js';
 import { SwitchReader } from './readers/switch.js';
 import { abortable } from './registry/transport.js';
@@ -38,6 +39,8 @@ export { LayerRefusedError } from './tar-device.js';
 /** A layer ready to be a device. */
 export interface LayerPath {
   readonly reader: BlobReader;
+  /** What is read and fetched of it from now on. */
+  readonly record: ReadingRecord;
   /** Since this process opened the layer; with what was fetched to index it. */
   statistics(): { cachedBytes: number; fetchedBytes: number; requests: number; misses: number };
   /** The blob may be had from these images too. */
@@ -312,6 +315,7 @@ export class LayerPaths {
     const guard = new GuardReader(device);
     return {
       reader: guard,
+      record: new ReadingRecord(),
       statistics: () => ({ cachedBytes: device.size, fetchedBytes: 0, requests: 0, misses: 0 }),
       alsoFrom: () => undefined,
       close: () => guard.close(),
@@ -349,6 +353,7 @@ export class LayerPaths {
     return {
       reader: guard,
       guard,
+      record: blob.record,
       statistics: () => ({
         cachedBytes: blob.cache.statistics.cachedBytes,
         fetchedBytes: (before?.bytes ?? 0) + blob.range.traffic.bytes,

@@ -15,6 +15,7 @@ import { BufferPool } from './readers/buffer-pool.js';
 import { CacheReader } from './readers/cache.js';
 import { CacheSpace } from './readers/cache-space.js';
 import { FetchSlots } from './readers/fetch-slots.js';
+import { ReadingRecord } from './readers/reading-record.js';
 import { RegistryRangeReader } from './readers/registry-range.js';
 import { RetryReader } from './readers/retry.js';
 import { ImageReferenceError, parseReference, registryHost, type Reference } from './registry/reference.js';
@@ -37,6 +38,8 @@ export interface LayerBlob {
   readonly range: RegistryRangeReader;
   readonly knowledge: BlobKnowledge;
   readonly slots: FetchSlots;
+  /** What is read and fetched of it. */
+  readonly record: ReadingRecord;
   readonly log: Logger;
 }
 
@@ -118,6 +121,7 @@ export class LayerBlobs {
     });
     await mkdir(cacheDirectory, { recursive: true, mode: 0o700 });
     const slots = this.#slotsOf(host);
+    const record = new ReadingRecord();
     const cache = await CacheReader.open(retry, {
       dir: cacheDirectory,
       digest,
@@ -127,10 +131,11 @@ export class LayerBlobs {
       buffers: this.#buffers,
       slots,
       verify: knowledge.verify,
+      record,
       space: this.space,
       log: layerLog,
     });
-    return { cache, range, knowledge, slots, log: layerLog };
+    return { cache, range, knowledge, slots, record, log: layerLog };
   }
 
   /**

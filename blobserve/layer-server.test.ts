@@ -3,6 +3,7 @@ import { describe, expect, it } from 'vitest';
 import { control } from '../proto/messages.js';
 import type { AttachBackend, AttachedDevice } from './attach/backend.js';
 import type { LayerPath } from './data-path.js';
+import { ReadingRecord } from './readers/reading-record.js';
 import { LayerServer } from './layer-server.js';
 import type { BlobReader } from './readers/blob-reader.js';
 
@@ -28,6 +29,7 @@ class Node {
       new Promise<LayerPath>((resolve, reject) => {
         const path: LayerPath = {
           reader: READER,
+          record: new ReadingRecord(),
           statistics: () => ({ cachedBytes: 0, fetchedBytes: 0, requests: 0, misses: 0 }),
           alsoFrom: ({ imageRef }) => void this.sources.push(imageRef ?? ''),
           close: () => Promise.resolve(void (this.closed += 1)),

@@ -10,6 +10,8 @@ import type { AttachBackend, AttachedDevice } from './attach/backend.js';
 import type { LayerPath } from './data-path.js';
 import { counted } from './metrics.js';
 import { ReadError } from './readers/blob-reader.js';
+import { RecordedReader } from './readers/recorded.js';
+import type { ReadingRecord } from './readers/reading-record.js';
 
 interface Served {
   readonly source: control.LayerSource.$Properties;
@@ -114,6 +116,11 @@ export class LayerServer {
     return [...this.#served].map(([layerId, served]) => describe(layerId, served, this.#options.backend));
   }
 
+  /** What was read and fetched of a layer since it was attached here; undefined when it is not. */
+  reading(layerId: number): ReadingRecord | undefined {
+    return this.#served.get(layerId)?.path.record;
+  }
+
   /** Layers that are not attached and have readers waiting. */
   awaited(): number[] {
     return this.#options.backend.awaited();
@@ -146,7 +153,7 @@ export class LayerServer {
       const device = await this.#options.backend.attach({
         layerId,
         identifier,
-        reader: path.reader,
+        reader: new RecordedReader(path.reader, path.record),
         ...(nbdIndex >= 0 ? { nbdIndex } : {}),
       });
       return { source, identifier, path, device };

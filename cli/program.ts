@@ -8,6 +8,7 @@ import { addInspectCommand } from './inspect.js';
 import { addIndexCommand } from './index-command.js';
 import { addMountCommand } from './mount-command.js';
 import { addListCommand, addReattachCommand, addUmountCommand } from './mounts-commands.js';
+import { addReportCommand } from './report-command.js';
 import { addStatusCommand } from './status.js';
 import { addTopCommand } from './top.js';
 import { addPullCommand } from './pull-command.js';
@@ -29,6 +30,7 @@ export function createProgram(): Command {
   addReattachCommand(program);
   addStatusCommand(program);
   addTopCommand(program);
+  addReportCommand(program);
   addDoctorCommand(program);
   addInspectCommand(program);
   return program;

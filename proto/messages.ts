@@ -9,6 +9,7 @@ export import snapshots = containerd.services.snapshots.v1;
 /** Of containerd's own services, what we call. */
 export import content = containerd.services.content.v1;
 export import images = containerd.services.images.v1;
+export import containers = containerd.services.containers.v1;
 export import leases = containerd.services.leases.v1;
 export import diff = containerd.services.diff.v1;
 export import version = containerd.services.version.v1;

@@ -3,7 +3,7 @@
  */
 import type protobuf from 'protobufjs/minimal.js';
 import type { UnaryMethod } from './unary-call.js';
-import { content, control, diff, images, leases, snapshots, version, wellKnown } from './messages.js';
+import { containers, content, control, diff, images, leases, snapshots, version, wellKnown } from './messages.js';
 
 /** What a generated message class offers to the wire. */
 interface MessageType<Message, Input> {
@@ -61,6 +61,15 @@ export const contentService = {
 
 const IMAGES = '/containerd.services.images.v1.Images/';
 
+/** containerd's containers service, as far as we call it. */
+export const containersService = {
+  get: method(
+    '/containerd.services.containers.v1.Containers/Get',
+    containers.GetContainerRequest,
+    containers.GetContainerResponse,
+  ),
+} as const;
+
 /** containerd's images service, as far as we call it. */
 export const imagesService = {
   list: method(`${IMAGES}List`, images.ListImagesRequest, images.ListImagesResponse),
@@ -99,6 +108,7 @@ export const controlService = {
   attach: method(`${C}Attach`, control.AttachRequest, control.AttachResponse),
   detach: method(`${C}Detach`, control.DetachRequest, control.DetachResponse),
   list: method(`${C}List`, control.ListRequest, control.ListResponse),
+  reading: method(`${C}Reading`, control.ReadingRequest, control.ReadingResponse),
   keepPullCredentials: method(
     `${C}KeepPullCredentials`,
     control.KeepPullCredentialsRequest,

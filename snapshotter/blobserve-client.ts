@@ -47,6 +47,11 @@ export class BlobServeClient {
     return unaryCall(this.#client, controlService.list, {}, REPORT_TIMEOUT);
   }
 
+  /** @throws {CallError} NOT_FOUND when the layer is not attached */
+  reading(layerId: number): Promise<control.ReadingResponse> {
+    return unaryCall(this.#client, controlService.reading, { layerId }, REPORT_TIMEOUT);
+  }
+
   async keepPullCredentials(repositories: control.RepositoryCredentials.$Properties[]): Promise<void> {
     await unaryCall(this.#client, controlService.keepPullCredentials, { repositories }, REPORT_TIMEOUT);
   }

@@ -35,12 +35,9 @@ export interface BlobReader {
    */
   willNeed?(offset: number, length: number): void;
 
-  /** Says that bytes given before are not the right ones, though nothing here noticed: a stage that keeps them gets others. */
-  distrust?(offset: number, length: number): void;
-
   /**
-   * Says that the bytes last read there are not what a digest names, so that another place is asked for them next, where
-   * there is one. A hint, as willNeed.
+   * Says that the bytes last read there are not what a digest names, though nothing here noticed: a stage that keeps them
+   * gets others, and another place is asked for them next, where there is one. A hint, as willNeed.
    */
   distrust?(offset: number, length: number): void;
 

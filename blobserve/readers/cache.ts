@@ -9,6 +9,7 @@ import { type BlobReader, checkRange, ReadError } from './blob-reader.js';
 import { BufferPool } from './buffer-pool.js';
 import type { FetchSlots } from './fetch-slots.js';
 import { type Part, settleInOrder } from './parts.js';
+import type { ReadingRecord } from './reading-record.js';
 import { SpanRequests } from './span-requests.js';
 import { SpanState, type SpaceKeeper, SpanStore } from './span-store.js';
 
@@ -37,6 +38,8 @@ export interface CacheReaderOptions {
   /** Called with every fetched span before it is kept or served; throws ReadError `corrupt` when it is not right, and
    * returns whether anything is known of it. */
   verify?: (span: number, bytes: Buffer) => boolean | Promise<boolean>;
+  /** Where fetches are written down; default: nowhere. */
+  record?: Pick<ReadingRecord, 'fetched'>;
   /** Who watches over the space that all caches take together; default: nobody. */
   space?: SpaceKeeper;
   log: Logger;
@@ -143,6 +146,7 @@ export class CacheReader implements BlobReader {
         maxBackgroundRequests: options.maxBackgroundRequests ?? DEFAULTS.maxBackgroundRequests,
         uncachedBytes: options.uncachedBytes ?? DEFAULTS.uncachedBytes,
         verify: options.verify,
+        record: options.record,
         log,
       });
       return new CacheReader(next.size, name, spanSize, store, requests, completion);

@@ -14,6 +14,7 @@ import { type BlobReader, ReadError } from './blob-reader.js';
 import type { BufferPool, Urgency } from './buffer-pool.js';
 import { counted } from '../metrics.js';
 import type { FetchSlots, FetchUrgency } from './fetch-slots.js';
+import type { ReadingRecord } from './reading-record.js';
 import { SpanState, type SpanStore } from './span-store.js';
 
 export interface SpanRequestsOptions {
@@ -34,6 +35,8 @@ export interface SpanRequestsOptions {
   uncachedBytes: number;
   /** See CacheReaderOptions. */
   verify: ((span: number, bytes: Buffer) => boolean | Promise<boolean>) | undefined;
+  /** Told of every request to the stage below when it has ended. */
+  record: Pick<ReadingRecord, 'fetched'> | undefined;
   log: Logger;
 }
 
@@ -462,13 +465,18 @@ export class SpanRequests {
       }
     };
     this.requests++;
+    const askedAt = performance.now();
+    let failure: unknown;
     try {
       await this.#next.read(bytes, offset, arrived);
       arrived(bytes.length);
     } catch (error) {
+      failure = error;
       for (; span < range.end; span++) this.#fail(span, error);
       failed?.(error);
     }
+    const { length } = bytes;
+    this.#options.record?.fetched({ offset, length }, urgency, askedAt, failure !== undefined);
     // What the disk is doing takes no connection.
     this.#disconnect();
     await Promise.all(kept);

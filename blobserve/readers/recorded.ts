@@ -1,0 +1,37 @@
+/**
+ * The topmost stage of a layer's readers: writes down what is read. Needs nothing of the one below; changes nothing.
+ */
+import type { BlobReader } from './blob-reader.js';
+import type { ReadingRecord } from './reading-record.js';
+
+export class RecordedReader implements BlobReader {
+  readonly size: number;
+
+  /** @param next becomes this reader's, which closes it */
+  constructor(
+    private readonly next: BlobReader,
+    private readonly record: Pick<ReadingRecord, 'read'>,
+  ) {
+    this.size = next.size;
+  }
+
+  async read(target: Buffer, offset: number, progress?: (filled: number) => void): Promise<void> {
+    const askedAt = performance.now();
+    await this.next.read(target, offset, progress);
+    this.record.read(offset, target.length, askedAt, performance.now() - askedAt);
+  }
+
+  readNow(target: Buffer, offset: number): boolean {
+    if (!this.next.readNow(target, offset)) return false;
+    this.record.read(offset, target.length, performance.now(), 0);
+    return true;
+  }
+
+  willNeed(offset: number, length: number): void {
+    this.next.willNeed?.(offset, length);
+  }
+
+  close(): Promise<void> {
+    return this.next.close();
+  }
+}
