@@ -106,7 +106,9 @@ try {
     const doubtful = [...results].flatMap(([name, { outcome }]) =>
       outcome !== 'pass' && name.includes('/') ? [name] : [],
     );
-    const referenceResults = await run(reference, isShort ? doubtful : undefined);
+    // After a test that uses it: overlayfs cannot list what a store holds that never held anything.
+    const asked = isShort ? ['Proxy/Basic', 'Metadata/Basic', ...doubtful] : undefined;
+    const referenceResults = await run(reference, asked);
     console.log(`containerd ${programs.containerdVersion}: snapshots/testsuite, over its client for proxy`);
     console.log('plugins (Proxy) and below its metadata store and garbage collector (Metadata)');
     const failed = printSuite(results, referenceResults);
@@ -134,7 +136,7 @@ try {
       failed: failed.length + wrongCodes,
       skipped,
       ...(isShort
-        ? { reference_asked: doubtful.length }
+        ? { reference_asked: referenceResults.size }
         : {
             reference_passed: referencePassed,
             reference_failed: count(referenceResults, 'fail'),

@@ -5,7 +5,8 @@
 #   test-vm.sh crash [ARGUMENT...]      daemons are killed under a container (npm run test:crash); default: 8 random moments,
 #                                       the fault points of nbd
 #   test-vm.sh crash --full [...]       at all fault points and 200 random moments, in several boots (test/vm/crash.ts)
-#   test-vm.sh conformance              containerd's own snapshotter suite (npm run conformance), beside its overlayfs there
+#   test-vm.sh conformance [--whole]    containerd's own snapshotter suite (npm run conformance), and of its overlayfs what ours
+#                                       does not pass; --whole: all that the command does
 #   test-vm.sh reboot                   the machine is rebooted under containers, and comes up without a registry
 #   test-vm.sh power-cut [--cuts N]     its power is cut while the cache and SQLite are written, 20 times
 #   test-vm.sh --trees                  all layers of test/system/trees.test.ts, also the large ones: half an hour and 8 GiB;
