@@ -9,6 +9,7 @@ import { addIndexCommand } from './index-command.js';
 import { addMountCommand } from './mount-command.js';
 import { addListCommand, addReattachCommand, addUmountCommand } from './mounts-commands.js';
 import { addReportCommand } from './report-command.js';
+import { addReferenceCommands } from './reference-commands.js';
 import { addStatusCommand } from './status.js';
 import { addTopCommand } from './top.js';
 import { addPullCommand } from './pull-command.js';
@@ -33,5 +34,6 @@ export function createProgram(): Command {
   addReportCommand(program);
   addDoctorCommand(program);
   addInspectCommand(program);
+  addReferenceCommands(program);
   return program;
 }

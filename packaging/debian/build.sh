@@ -60,6 +60,13 @@ for program in cli/main snapshotter/main blobserve/main; do
   }
 done
 
+# For whoever asks `man`, and the shells.
+MANUAL=$ROOT/usr/share/man/man1 COMPLETIONS=$ROOT/usr/share/bash-completion/completions
+mkdir -p "$MANUAL" "$COMPLETIONS" "$ROOT/usr/share/zsh/vendor-completions"
+node "$LIBRARY/dist/cli/main.js" man | gzip -9n >"$MANUAL/erofs-nbd.1.gz"
+node "$LIBRARY/dist/cli/main.js" completion bash >"$COMPLETIONS/erofs-nbd"
+node "$LIBRARY/dist/cli/main.js" completion zsh >"$ROOT/usr/share/zsh/vendor-completions/_erofs-nbd"
+
 # --- the package -------------------------------------------------------------------------------------------------------
 
 cp packaging/debian/{postinst,prerm,postrm} "$ROOT/DEBIAN/"
