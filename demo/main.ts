@@ -21,12 +21,16 @@ const USAGE = `usage: npm run demo [-- OPTIONS]
   --native       native EROFS layers, compressed with lz4hc: one cold start
   --uncompressed with --native: not compressed
   --overlayfs    containerd's own snapshotter and tar.gz layers, to compare with
+  --report FILE  draws what the container has read: an HTML page
   --help         this text`;
 
 function choose(): DemoChoices | undefined {
   const flag = { type: 'boolean', default: false } as const;
   const { values } = parseArgs({
-    options: { native: flag, uncompressed: flag, tar: flag, overlayfs: flag, 'fresh-node': flag, help: flag },
+    options: {
+      ...{ native: flag, uncompressed: flag, tar: flag, overlayfs: flag, 'fresh-node': flag, help: flag },
+      report: { type: 'string' },
+    },
   });
   if (values.help) return undefined;
   if (values.native && (values.tar || values.overlayfs))
@@ -34,12 +38,14 @@ function choose(): DemoChoices | undefined {
   const freshNode = values['fresh-node'];
   if (freshNode && (values.native || values.tar || values.overlayfs))
     throw new Error('--fresh-node goes with tar.gz layers alone');
+  if (values.report !== undefined && values.overlayfs) throw new Error('--report goes not with --overlayfs');
   if (values.uncompressed && !values.native) throw new Error('--uncompressed goes with --native');
   const native = values.uncompressed ? 'erofs' : 'erofs-lz4hc';
   return {
     format: values.native ? native : values.tar ? 'tar' : 'tar+gzip',
     snapshotter: values.overlayfs ? 'overlayfs' : 'erofs-nbd',
     freshNode,
+    ...(values.report !== undefined && { report: values.report }),
   };
 }
 

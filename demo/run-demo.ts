@@ -27,6 +27,8 @@ export interface DemoChoices {
   readonly snapshotter: 'erofs-nbd' | 'overlayfs';
   /** The image's index was published from another machine; this one has never seen the image. */
   readonly freshNode: boolean;
+  /** Where a page goes that draws what the last container read. */
+  readonly report?: string;
 }
 
 /** How a pull and a run of the image went. */
@@ -123,6 +125,7 @@ export async function runDemo(
   const classic =
     choices.snapshotter === 'erofs-nbd' && !choices.format.startsWith('erofs') && !choices.freshNode;
   const starts = classic ? await threeStarts(node, signal) : [await node.start('')];
+  if (choices.report !== undefined) await report(node, choices.report);
   const result = await summary(node, starts);
   tell(result, choices);
   return result;
@@ -156,6 +159,17 @@ async function publish(stack: Stack, reference: string): Promise<void> {
     const { stdout } = await execa(process.execPath, [command, ...choice]);
     const { layers, bytes } = JSON.parse(stdout) as { layers: number; bytes: number };
     return [undefined, `${layers} layers, ${mebibytes(bytes)}, as if from another machine`];
+  });
+}
+
+/** Draws what the container has read. */
+async function report({ running }: Node, file: string): Promise<void> {
+  const { containerd, snapshotter, reference } = running;
+  await step('erofs-nbd report', async () => {
+    const command = path.join(checkout, 'dist', 'cli', 'main.js');
+    const choice = ['report', '--root', snapshotter?.plugin.root ?? '', '-o', path.resolve(file), reference];
+    const { stdout } = await execa(process.execPath, [command, ...choice], { env: containerd.environment });
+    return [undefined, stdout];
   });
 }
 
@@ -304,6 +318,7 @@ function tell(result: DemoResult, choices: DemoChoices): void {
     ['npm run demo -- --overlayfs', 'the same with containerd’s own snapshotter, to compare'],
     ['npm run demo -- --fresh-node', 'a node that has never seen the image, whose index was published'],
     ['npm run demo -- --native', 'native EROFS layers, which need no index'],
+    ['npm run demo -- --report demo.html', 'what the container read, and when, as a page'],
     ['README.md', 'erofs-nbd beside your own containerd'],
   ]);
   say();

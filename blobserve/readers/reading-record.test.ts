@@ -13,7 +13,7 @@ describe('the record of a layer’s reads', () => {
     record.read(250, 50, now + 1000, 0);
     const seen = record.reads.map(({ offset, length, count, waitMs }) => [offset, length, count, waitMs]);
     expect(seen).toEqual([
-      [0, 150, 2, 3],
+      [0, 150, 2, 2],
       [200, 50, 1, 0],
       [250, 50, 1, 0],
     ]);

@@ -16,7 +16,7 @@ export interface RecordedRead {
   length: number;
   /** How many reads it was. */
   count: number;
-  /** Milliseconds that they waited, together; those answered from memory wait for nothing. */
+  /** Milliseconds that the longest of them waited; those answered from memory wait for nothing. */
   waitMs: number;
 }
 
@@ -66,7 +66,7 @@ export class ReadingRecord {
     if (follows) {
       last.length += length;
       last.count += 1;
-      last.waitMs += waitMs;
+      last.waitMs = Math.max(last.waitMs, waitMs);
     } else if (this.reads.length < RECORDED_MAX) {
       this.reads.push({ atMs, offset, length, count: 1, waitMs });
     } else this.#readsLeftOut += 1;

@@ -15,7 +15,7 @@ const WAITS = 10;
 const GAP = 18;
 const AXIS = 26;
 /** So that the smallest is seen. */
-const LEAST = 1.5;
+const LEAST = 2.5;
 
 const PURPOSE = {
   wanted: 'a reader waited',

@@ -39,7 +39,7 @@ p, td, th, dd { color: var(--ink); } .note, caption, dt, th { color: var(--soft)
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .8rem; margin: 1rem 0; }
 dl div { border: 1px solid var(--line); border-radius: 6px; padding: .5rem .8rem; } dt { font-size: .8rem; }
 dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+caption { caption-side: bottom; text-align: left; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .2rem .6rem .2rem 0; border-bottom: 1px solid var(--line); font-weight: normal; }
 td.number, th.number { text-align: right; white-space: nowrap; } td.path { overflow-wrap: anywhere; }
 svg { width: 100%; height: auto; display: block; } svg.strip { width: 15rem; }
@@ -159,7 +159,7 @@ function heatMaps(layers: readonly Layer[]): Html {
   });
   return html`<h2>Which parts were read</h2>
     <p>
-      Dark is read, light is not: first the whole layer, then its files, those of which most was read first.
+      What is coloured was read: first the whole layer, then its files, those of which most was read first.
     </p>
     ${sections}`;
 }
@@ -251,15 +251,15 @@ function prefetch(layers: readonly Layer[]): Html {
   );
   return html`<h2>What could have been prefetched</h2>
     <p>
-      The ranges that readers waited for, joined where they are close together: fetched ahead, in this order,
-      they would have taken so many requests, and nobody would have waited.
+      The ranges that were fetched for readers, joined where they are close together: what a list would hold
+      that has them fetched ahead of the reads, in the order in which they were wanted.
     </p>
     <table>
       <thead>
         <tr>
           <th>layer</th>
-          <th class="number">requests that readers waited for</th>
-          <th class="number">ranges ahead of them</th>
+          <th class="number">requests</th>
+          <th class="number">ranges</th>
           <th class="number">bytes</th>
         </tr>
       </thead>

@@ -67,22 +67,23 @@ describe('what was read of a layer', () => {
     expect(touched(400, 500)).toEqual([]);
   });
 
-  it('makes a list for prefetching of what readers waited for, in their order', () => {
+  it('makes a list for prefetching of what was fetched for readers, in their order', () => {
     const far = 10 << 20;
     const list = prefetchList([
       fetch(1, far, 1000),
       fetch(2, 0, 1000),
       fetch(3, 2000, 1000),
-      fetch(4, 2 * far, 1000, 'readahead'),
+      fetch(4, 4000, 1000, 'readahead'),
+      fetch(4, 2 * far, 1000, 'background'),
       { ...fetch(5, 3 * far, 1000), failed: true },
     ]);
     expect(list).toEqual({
       ranges: [
         [far, far + 1000],
-        [0, 3000],
+        [0, 5000],
       ],
-      bytes: 4000,
-      requests: 3,
+      bytes: 6000,
+      requests: 4,
     });
   });
 });

@@ -28,7 +28,7 @@ export interface FileReading {
   readonly readBytes: number;
   /** When the first of its bytes was asked for. */
   readonly first: number;
-  /** That reads of it waited, together; a read that touches several files waits for each. */
+  /** That runs of reads of it waited, together; one that touches several files waits for each. */
   readonly wait: number;
   /** Parts of the file that were read, from 0 to 1, sorted and disjoint. */
   readonly ranges: readonly Range[];
@@ -98,11 +98,11 @@ export function filesRead(parts: readonly FilePart[], reads: readonly Read[]): F
   return files.sort((a, b) => a.first - b.first);
 }
 
-/** What was fetched because somebody waited, as a list would have it: few ranges, in the order in which they were wanted. */
+/** What was fetched for readers, as a list would have it: few ranges, in the order in which they were wanted. */
 export interface PrefetchList {
   readonly ranges: readonly Range[];
   readonly bytes: number;
-  /** Requests that somebody waited for, which it would have saved. */
+  /** Requests that it would have taken the place of. */
   readonly requests: number;
 }
 
@@ -110,7 +110,7 @@ export interface PrefetchList {
 const PREFETCH_GAP = 256 * 1024;
 
 export function prefetchList(fetches: readonly Fetch[]): PrefetchList {
-  const wanted = fetches.filter(({ urgency, failed }) => urgency === 'wanted' && !failed);
+  const wanted = fetches.filter(({ urgency, failed }) => urgency !== 'background' && !failed);
   const ranges = merged(
     wanted.map(({ offset, length }) => [offset, offset + length]),
     PREFETCH_GAP,
