@@ -31,6 +31,7 @@ describe('the sweep of what interrupted indexings left', () => {
   it('removes what is old: journals, unfinished files, files without a record', async () => {
     const old = [
       `${hex('a')}.resume`,
+      `${hex('a')}.lock`,
       `${hex('a')}.zwin.partial`,
       `${hex('b')}.json.partial`,
       `${hex('c')}.erofs`,

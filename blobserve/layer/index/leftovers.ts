@@ -5,7 +5,7 @@
 import { readdir, rm, stat } from 'node:fs/promises';
 import path from 'node:path';
 
-const UNFINISHED = /^([0-9a-f]{64})\.(?:resume|(?:erofs|zwin|json|refused|resume)\.partial)$/;
+const UNFINISHED = /^([0-9a-f]{64})\.(?:resume|lock|(?:erofs|zwin|json|refused|resume)\.partial)$/;
 /** Parts of an index, if there is a record beside them. */
 const PART = /^([0-9a-f]{64})\.(?:erofs|zwin)$/;
 
