@@ -6,7 +6,6 @@ import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { checkout } from '../debian/packages.js';
 import { patience } from '../patience.js';
-import type { Containerd } from '../stack/containerd.js';
 
 /** Seconds from which on a read is written down by itself. */
 const SLOW_READ = patience(0.02);
@@ -51,7 +50,7 @@ export class Witness {
    * @param files SHA-256 by path
    */
   static async start(
-    containerd: Containerd,
+    containerd: { ctr(...parameters: string[]): Promise<unknown> },
     reference: string,
     directory: string,
     files: ReadonlyMap<string, string>,

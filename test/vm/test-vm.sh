@@ -9,6 +9,7 @@
 #                                       does not pass; --whole: all that the command does
 #   test-vm.sh reboot                   the machine is rebooted under containers, and comes up without a registry
 #   test-vm.sh power-cut [--cuts N]     its power is cut while the cache and SQLite are written, 20 times
+#   test-vm.sh systemd                  the Debian package under a systemd that runs there (npm run test:systemd)
 #   test-vm.sh --trees                  all layers of test/system/trees.test.ts, also the large ones: half an hour and 8 GiB;
 #                                       TREES=small,many: of those named (test/trees/real-layers.ts)
 #
@@ -46,6 +47,13 @@ case ${1:-} in
     export EROFS_NBD_VM_CONFORMANCE=yes
     memory=2 timeout=3600
     ;;
+  systemd)
+    command=systemd
+    shift
+    export EROFS_NBD_VM_CRASH=yes VM_NBDS=16
+    memory=4 timeout=2400
+    PREPARED=$(mktemp -d /var/tmp/erofs-nbd-prepared-XXXXXX)
+    ;;
   reboot | power-cut)
     command=$1
     shift
@@ -55,7 +63,7 @@ esac
 [ -n "$command" ] || [ $# -gt 0 ] || set -- $(printf 'test/system/%s.test.ts ' $TESTS)
 
 OUTPUT=$(mktemp)
-trap 'rm -f "$OUTPUT"' EXIT
+trap 'rm -rf "$OUTPUT" ${PREPARED:+"$PREPARED"}' EXIT
 
 # Counts from the output so far; $1: the guest's status or `skip`, $2: the reason for skipping.
 finish() {
@@ -106,6 +114,10 @@ fi
 
 case $command in
   crash | conformance) guest=(bash "test/vm/guest/$command.sh" "$@") ;;
+  systemd)
+    node dist/test/systemd/main.js --prepare "$PREPARED" || finish prepare
+    guest=(bash test/vm/guest/systemd.sh "$PREPARED")
+    ;;
   crash-full)
     VM_TIMEOUT=${VM_TIMEOUT:-$timeout} VM_MEMORY=${VM_MEMORY:-${memory}G} \
       exec node --enable-source-maps dist/test/vm/crash.js "$@"
