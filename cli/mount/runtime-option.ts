@@ -1,4 +1,5 @@
 /** Where mounts by hand are written down: the same for all commands about them. */
+import { realpath } from 'node:fs/promises';
 import path from 'node:path';
 import process from 'node:process';
 import { type Command, Option } from 'commander';
@@ -48,9 +49,13 @@ export async function mountMeant(
 ): Promise<RecordedMount> {
   const place = path.resolve(text);
   const all = await mountsIn(runtime);
+  const at = (mountPoint: string): RecordedMount | undefined =>
+    all.find(({ record }) => record.mountPoint === mountPoint);
   const found =
-    all.find(({ record }) => record.mountPoint === place) ??
-    all.find((mount) => devicesOf(mount).includes(place));
+    at(place) ??
+    all.find((mount) => devicesOf(mount).includes(place)) ??
+    // By way of a symbolic link. Last: whoever looks at a device waits for who serves it.
+    at(await realpath(place).catch(() => place));
   if (found !== undefined) return found;
   throw new Failure(
     `${text}: nothing is mounted there by erofs-nbd mount; \`erofs-nbd list\` shows what is` +
