@@ -3,7 +3,17 @@
  */
 import type protobuf from 'protobufjs/minimal.js';
 import type { UnaryMethod } from './unary-call.js';
-import { containers, content, control, diff, images, leases, snapshots, version, wellKnown } from './messages.js';
+import {
+  containers,
+  content,
+  control,
+  diff,
+  images,
+  leases,
+  snapshots,
+  version,
+  wellKnown,
+} from './messages.js';
 
 /** What a generated message class offers to the wire. */
 interface MessageType<Message, Input> {
