@@ -444,6 +444,14 @@ describe('a chain', () => {
   });
 });
 
+/** What the start of the daemon and its teardown look through, and no call of containerd's. */
+function wholeTable(sql: string): string[] {
+  if (/NOT EXISTS/.test(sql)) return ['SCAN layers'];
+  if (/count\(DISTINCT layer_id\)/.test(sql))
+    return ['SCAN snapshots USING COVERING INDEX snapshots_by_layer'];
+  return [];
+}
+
 describe('with 5,000 snapshots', () => {
   it('every statement that prepare, commit and remove run finds its rows by an index', () => {
     const { database, snapshots, layers } = stores();
@@ -466,7 +474,7 @@ describe('with 5,000 snapshots', () => {
       const scans = plan.filter(
         (line) => line.startsWith('SCAN') && !allowed.some((line_) => line_.test(line)),
       );
-      expect(scans, sql).toEqual(/NOT EXISTS/.test(sql) ? ['SCAN layers'] : []);
+      expect(scans, sql).toEqual(wholeTable(sql));
     }
     const used = plans.flatMap(({ plan }) => plan).join('\n');
     for (const index of [

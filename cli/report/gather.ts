@@ -77,14 +77,15 @@ function layerRecord(
   { beganAtMs, reads, fetches, readsLeftOut, fetchesLeftOut }: control.ReadingResponse,
   beganAt: number,
 ): Omit<LayerRecord, 'files'> {
-  const since = beganAtMs - beganAt;
+  // Fractions of milliseconds since 1970 are rounded.
+  const since = (atMs: number): number => Math.max(0, beganAtMs + atMs - beganAt);
   const byTime = (a: { at: number }, b: { at: number }): number => a.at - b.at;
   return {
     status: layerStatus(device),
     reads: reads
       .map((each) => control.RecordedRead.create(each))
       .map(({ atMs, offset, length, count, waitMs }) => ({
-        at: atMs + since,
+        at: since(atMs),
         offset,
         length,
         count,
@@ -94,7 +95,7 @@ function layerRecord(
     fetches: fetches
       .map((each) => control.RecordedFetch.create(each))
       .map(({ atMs, ms, offset, length, urgency, failed }) => ({
-        at: atMs + since,
+        at: since(atMs),
         ms,
         offset,
         length,
