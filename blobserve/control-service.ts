@@ -76,7 +76,7 @@ const URGENCIES: Readonly<Record<FetchUrgency, control.FetchUrgency>> = {
 function readingMessage(record: ReadingRecord): control.ReadingResponse.$Properties {
   return {
     beganAtMs: record.beganAt,
-    reads: [...record.reads],
+    reads: record.reads,
     fetches: record.fetches.map(({ urgency, ...fetch }) => ({ ...fetch, urgency: URGENCIES[urgency] })),
     readsLeftOut: record.leftOut.reads,
     fetchesLeftOut: record.leftOut.fetches,

@@ -179,7 +179,7 @@ export class LayerIndexer {
     try {
       return await work();
     } finally {
-      release();
+      await release();
     }
   }
 

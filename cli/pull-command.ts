@@ -2,7 +2,6 @@
  * `erofs-nbd pull IMAGE`: the command around `pull.ts`.
  */
 import process from 'node:process';
-import * as grpc from '@grpc/grpc-js';
 import { InvalidArgumentError, Option, type Command } from 'commander';
 import { machinePlatform, parsePlatform, type Platform } from '../blobserve/registry/platform.js';
 import { openRegistryClient } from '../blobserve/open-registry-client.js';
@@ -10,16 +9,15 @@ import { loadConfiguration } from '../daemon/configuration.js';
 import { createLogger } from '../daemon/log.js';
 import { CallError } from '../proto/unary-call.js';
 import { ContainerdClient } from '../snapshotter/containerd-client.js';
+import { noContainerd, withContainerdOptions, type ContainerdOptions } from './containerd-options.js';
 import { Failure } from './failure.js';
 import { imageArgument } from './image-argument.js';
 import { openProgress } from './progress.js';
 import { pull } from './pull.js';
 import { interruptible, print } from './terminal.js';
 
-interface PullCommandLine {
+interface PullCommandLine extends ContainerdOptions {
   readonly config?: string;
-  readonly address?: string;
-  readonly namespace: string;
   readonly snapshotter: string;
   readonly platform: Platform;
   readonly quiet?: true;
@@ -27,22 +25,16 @@ interface PullCommandLine {
 }
 
 export function addPullCommand(program: Command): void {
-  program
-    .command('pull')
-    .description('pull an image whose layers are fetched when they are read; any client can run it then')
-    .argument('<image>', 'host[:port]/repository[:tag][@digest], or a short name of Docker Hub')
-    .option('--config <file>', "the snapshotter's configuration file (default: /etc/erofs-nbd/config.toml)")
-    .addOption(
-      new Option(
-        '--address <socket>',
-        "containerd's socket (default: containerd.address of the configuration)",
-      ).env('CONTAINERD_ADDRESS'),
-    )
-    .addOption(
-      new Option('-n, --namespace <name>', "containerd's namespace")
-        .env('CONTAINERD_NAMESPACE')
-        .default('default'),
-    )
+  withContainerdOptions(
+    program
+      .command('pull')
+      .description('pull an image whose layers are fetched when they are read; any client can run it then')
+      .argument('<image>', 'host[:port]/repository[:tag][@digest], or a short name of Docker Hub')
+      .option(
+        '--config <file>',
+        "the snapshotter's configuration file (default: /etc/erofs-nbd/config.toml)",
+      ),
+  )
     .addOption(
       new Option('--snapshotter <name>', "the snapshotter's name in containerd's configuration")
         .env('CONTAINERD_SNAPSHOTTER')
@@ -104,17 +96,13 @@ async function pullImage(image: string, options: PullCommandLine): Promise<void>
 
 /** What containerd says, with what to do about it where that is known. */
 function explained(error: CallError, address: string, { snapshotter }: PullCommandLine): Error {
-  const fail = (message: string): Failure => new Failure(message, undefined, { cause: error });
-  if (error.code === grpc.status.UNAVAILABLE && error.message.includes('No connection established')) {
-    return fail(
-      `containerd does not answer on ${address}; is it running, and is that its socket (--address)?`,
-    );
-  }
   if (error.message.includes('snapshotter not loaded')) {
-    return fail(
+    return new Failure(
       `containerd on ${address} has no snapshotter ${JSON.stringify(snapshotter)}: add [proxy_plugins.${snapshotter}] to ` +
         'its configuration and restart it, or name another with --snapshotter',
+      undefined,
+      { cause: error },
     );
   }
-  return error;
+  return noContainerd(error, address) ?? error;
 }

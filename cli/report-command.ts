@@ -2,9 +2,11 @@
  * `erofs-nbd report IMAGE|CONTAINER`: what was read of it, and what was fetched for that, as a page.
  */
 import { writeFile } from 'node:fs/promises';
-import { Option, type Command } from 'commander';
+import type { Command } from 'commander';
 import { VERSION } from '../daemon/version.js';
+import { CallError } from '../proto/unary-call.js';
 import { ContainerdClient } from '../snapshotter/containerd-client.js';
+import { noContainerd, withContainerdOptions, type ContainerdOptions } from './containerd-options.js';
 import { Failure } from './failure.js';
 import { nodeConfiguration, withNodeOptions, type NodeOptions } from './node.js';
 import { formatSize } from './quantities.js';
@@ -13,32 +15,18 @@ import { imageLayers } from './report/image-layers.js';
 import { reportPage } from './report/page.js';
 import { interruptible, print, printJson } from './terminal.js';
 
-interface ReportCommandLine extends NodeOptions {
+interface ReportCommandLine extends NodeOptions, ContainerdOptions {
   readonly output: string;
-  readonly address?: string;
-  readonly namespace: string;
   readonly json?: true;
 }
 
 export function addReportCommand(program: Command): void {
-  withNodeOptions(
-    program
-      .command('report')
-      .description('draw what was read of an image, when, and what was fetched for that')
-      .argument('<image|container>', "an image of containerd's, or the ID of a container")
-      .option('-o, --output <file>', 'the page, HTML; "-": standard output', 'report.html')
-      .addOption(
-        new Option(
-          '--address <socket>',
-          "containerd's socket (default: containerd.address of the configuration)",
-        ).env('CONTAINERD_ADDRESS'),
-      )
-      .addOption(
-        new Option('-n, --namespace <name>', "containerd's namespace")
-          .env('CONTAINERD_NAMESPACE')
-          .default('default'),
-      ),
-  )
+  const command = program
+    .command('report')
+    .description('draw what was read of an image, when, and what was fetched for that')
+    .argument('<image|container>', "an image of containerd's, or the ID of a container")
+    .option('-o, --output <file>', 'the page, HTML; "-": standard output', 'report.html');
+  withNodeOptions(withContainerdOptions(command))
     .option('--json', 'write the record as JSON instead of a page; sizes in bytes, times in milliseconds')
     .action((wanted: string, options: ReportCommandLine) =>
       interruptible((signal) => report(wanted, options, signal)),
@@ -61,6 +49,8 @@ async function report(wanted: string, options: ReportCommandLine, signal: AbortS
     if (options.output === '-') return await print(page);
     await writeFile(options.output, page);
     await print(`${options.output}: ${formatSize(Buffer.byteLength(page))}; open it in a browser\n`);
+  } catch (error) {
+    throw error instanceof CallError ? (noContainerd(error, containerd.address) ?? error) : error;
   } finally {
     containerd.close();
   }

@@ -26,6 +26,12 @@ describe('the record of a layer’s reads', () => {
       record.fetched({ offset: index, length: 1 }, 'background', 0, false);
     }
     expect([record.reads.length, record.fetches.length]).toEqual([RECORDED_MAX, RECORDED_MAX]);
+    expect(record.reads.map(({ offset }) => offset / 1000)).toEqual([...Array(RECORDED_MAX).keys()]);
+    expect(record.fetches.at(-1)).toMatchObject({
+      offset: RECORDED_MAX - 1,
+      length: 1,
+      urgency: 'background',
+    });
     expect(record.leftOut).toEqual({ reads: 3, fetches: 3 });
   });
 

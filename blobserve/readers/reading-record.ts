@@ -6,6 +6,7 @@
  */
 
 import type { FetchUrgency } from './fetch-slots.js';
+import { NumberRows } from './number-rows.js';
 
 /** Reads of a device that came one right after the other, in time and in place, are one. */
 export interface RecordedRead {
@@ -13,11 +14,11 @@ export interface RecordedRead {
   readonly atMs: number;
   /** Bytes of the device. */
   readonly offset: number;
-  length: number;
+  readonly length: number;
   /** How many reads it was. */
-  count: number;
+  readonly count: number;
   /** Milliseconds that the longest of them waited; those answered from memory wait for nothing. */
-  waitMs: number;
+  readonly waitMs: number;
 }
 
 /** A range of the blob that was asked of the registry, as a whole with all attempts. */
@@ -31,20 +32,48 @@ export interface RecordedFetch {
   readonly failed: boolean;
 }
 
-/** Of each kind; a record of so many is less than 1 MiB. */
+/** Of each kind; a record of so many takes 352 KiB. */
 export const RECORDED_MAX = 4096;
 /** Reads that follow each other within this time, in milliseconds, may be one. */
 const SAME_RUN_MS = 5;
+
+const URGENCIES: readonly FetchUrgency[] = ['wanted', 'readahead', 'background'];
+
+const READ = { at: 0, offset: 1, length: 2, count: 3, wait: 4 } as const;
+const FETCH = { at: 0, ms: 1, offset: 2, length: 3, urgency: 4, failed: 5 } as const;
 
 export class ReadingRecord {
   /** When it begins, on the clock of `Date.now` (for people) and of `performance.now` (for all times in it). */
   readonly beganAt = Date.now();
   readonly #beganAt = performance.now();
-  readonly reads: RecordedRead[] = [];
-  readonly fetches: RecordedFetch[] = [];
+  readonly #reads = new NumberRows(5, RECORDED_MAX);
+  readonly #fetches = new NumberRows(6, RECORDED_MAX);
   #readsLeftOut = 0;
   #fetchesLeftOut = 0;
   #lastReadAt = 0;
+
+  get reads(): RecordedRead[] {
+    const rows = this.#reads;
+    return Array.from({ length: rows.count }, (_, row) => ({
+      atMs: rows.get(row, READ.at),
+      offset: rows.get(row, READ.offset),
+      length: rows.get(row, READ.length),
+      count: rows.get(row, READ.count),
+      waitMs: rows.get(row, READ.wait),
+    }));
+  }
+
+  get fetches(): RecordedFetch[] {
+    const rows = this.#fetches;
+    return Array.from({ length: rows.count }, (_, row) => ({
+      atMs: rows.get(row, FETCH.at),
+      ms: rows.get(row, FETCH.ms),
+      offset: rows.get(row, FETCH.offset),
+      length: rows.get(row, FETCH.length),
+      urgency: URGENCIES[rows.get(row, FETCH.urgency)] ?? 'background',
+      failed: rows.get(row, FETCH.failed) === 1,
+    }));
+  }
 
   /** Reads and fetches that came when there was no room any more. */
   get leftOut(): { readonly reads: number; readonly fetches: number } {
@@ -58,32 +87,30 @@ export class ReadingRecord {
    * @param waitMs until its bytes were there
    */
   read(offset: number, length: number, askedAt: number, waitMs: number): void {
+    const rows = this.#reads;
     const atMs = askedAt - this.#beganAt;
-    const last = this.reads.at(-1);
+    const last = rows.count - 1;
     const follows =
-      last !== undefined && offset === last.offset + last.length && atMs - this.#lastReadAt <= SAME_RUN_MS;
+      last >= 0 &&
+      offset === rows.get(last, READ.offset) + rows.get(last, READ.length) &&
+      atMs - this.#lastReadAt <= SAME_RUN_MS;
     this.#lastReadAt = atMs + waitMs;
     if (follows) {
-      last.length += length;
-      last.count += 1;
-      last.waitMs = Math.max(last.waitMs, waitMs);
-    } else if (this.reads.length < RECORDED_MAX) {
-      this.reads.push({ atMs, offset, length, count: 1, waitMs });
-    } else this.#readsLeftOut += 1;
+      rows.set(last, READ.length, rows.get(last, READ.length) + length);
+      rows.set(last, READ.count, rows.get(last, READ.count) + 1);
+      rows.set(last, READ.wait, Math.max(rows.get(last, READ.wait), waitMs));
+    } else if (!rows.push(atMs, offset, length, 1, waitMs)) this.#readsLeftOut += 1;
   }
 
   /** A fetch that has ended. @param askedAt on the clock of `performance.now` */
   fetched(
-    range: { readonly offset: number; readonly length: number },
+    { offset, length }: { readonly offset: number; readonly length: number },
     urgency: FetchUrgency,
     askedAt: number,
     failed: boolean,
   ): void {
-    if (this.fetches.length >= RECORDED_MAX) {
-      this.#fetchesLeftOut += 1;
-      return;
-    }
-    const atMs = askedAt - this.#beganAt;
-    this.fetches.push({ ...range, atMs, ms: performance.now() - askedAt, urgency, failed });
+    const [atMs, ms] = [askedAt - this.#beganAt, performance.now() - askedAt];
+    const row = [atMs, ms, offset, length, URGENCIES.indexOf(urgency), failed ? 1 : 0];
+    if (!this.#fetches.push(...row)) this.#fetchesLeftOut += 1;
   }
 }

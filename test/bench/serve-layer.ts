@@ -14,7 +14,10 @@ import { NbdBackend } from '../../blobserve/attach/nbd-backend.js';
 import type { BlobReader } from '../../blobserve/readers/blob-reader.js';
 import { CacheReader } from '../../blobserve/readers/cache.js';
 import { FileReader } from '../../blobserve/readers/file.js';
+import { GuardReader } from '../../blobserve/readers/guard.js';
 import { ReadaheadReader } from '../../blobserve/readers/readahead.js';
+import { ReadingRecord } from '../../blobserve/readers/reading-record.js';
+import { RecordedReader } from '../../blobserve/readers/recorded.js';
 import { silentLogger } from '../../daemon/log.js';
 
 export type LayerCommand =
@@ -55,7 +58,7 @@ async function digestOf(file: string): Promise<string> {
   return digest;
 }
 
-/** The readers of data-path.ts, with the file in the registry's place. */
+/** The readers of data-path.ts and layer-server.ts, with the file in the registry's place. */
 async function openCached(image: string): Promise<BlobReader> {
   const file = await FileReader.open({ path: image, size: statSync(image).size });
   const cache = await CacheReader.open(file, {
@@ -69,7 +72,7 @@ async function openCached(image: string): Promise<BlobReader> {
   }
   await cache.settled();
   if (!cache.allCached) throw new Error(`${image} is not all in the cache in ${cacheDirectory}`);
-  return new ReadaheadReader(cache);
+  return new RecordedReader(new GuardReader(new ReadaheadReader(cache)), new ReadingRecord());
 }
 
 async function carryOut(command: LayerCommand): Promise<Omit<LayerAnswer, 'id'>> {

@@ -102,6 +102,9 @@ describe.each(['erofs', 'tar+gzip'] as const)('a report of an image with %s laye
       layers: image.layers.length,
     });
     await containerd.ctr('container', 'rm', 'second');
+    const silent = await report('--address', path.join(stack.directory, 'none.sock'), 'second');
+    expect(silent.exitCode).toBe(1);
+    expect(silent.stderr).toContain('none.sock; is it running, and is that its socket (--address)?');
     const none = await report('third');
     expect(none.exitCode).toBe(1);
     expect(none.stderr).toBe(

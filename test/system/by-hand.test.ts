@@ -356,17 +356,20 @@ describe('mounting by hand', () => {
     }
   });
 
+  /** A mount that waits for a registry that has fallen silent. */
+  async function waitingMount(proxy: Awaited<ReturnType<typeof passwordProxy>>) {
+    const image = images['tar+gzip'].reference.replace(/^[^/]+/, proxy.address);
+    const words = ['mount', ...kept, '-o', `oci.username=me,oci.password=${PASSWORD}`, image, target];
+    const child = execa(process.execPath, [COMMAND, ...words], { reject: false, timeout: patience(120_000) });
+    await expect.poll(() => proxy.silent()).toBeGreaterThan(0);
+    return { process: child };
+  }
+
   test('leaves nothing behind when it is interrupted while the registry is silent', async () => {
     await rm(at('kept'), { recursive: true, force: true });
     const proxy = await passwordProxy(registry.directAddress, { silentBlobs: true });
     try {
-      const image = images['tar+gzip'].reference.replace(/^[^/]+/, proxy.address);
-      const words = ['mount', ...kept, '-o', `oci.username=me,oci.password=${PASSWORD}`, image, target];
-      const child = execa(process.execPath, [COMMAND, ...words], {
-        reject: false,
-        timeout: patience(120_000),
-      });
-      await expect.poll(() => proxy.silent()).toBeGreaterThan(0);
+      const { process: child } = await waitingMount(proxy);
       child.kill('SIGINT');
       expect((await child).exitCode).toBe(130);
       await nothingLeft();
@@ -379,13 +382,7 @@ describe('mounting by hand', () => {
     await rm(at('kept'), { recursive: true, force: true });
     const proxy = await passwordProxy(registry.directAddress, { silentBlobs: true });
     try {
-      const image = images['tar+gzip'].reference.replace(/^[^/]+/, proxy.address);
-      const words = ['mount', ...kept, '-o', `oci.username=me,oci.password=${PASSWORD}`, image, target];
-      const child = execa(process.execPath, [COMMAND, ...words], {
-        reject: false,
-        timeout: patience(120_000),
-      });
-      await expect.poll(() => proxy.silent()).toBeGreaterThan(0);
+      const { process: child } = await waitingMount(proxy);
       child.kill('SIGKILL');
       await child;
       expect((await listed()).map(({ state }) => state)).toEqual(['mounting']);

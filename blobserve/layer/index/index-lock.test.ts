@@ -19,7 +19,7 @@ describe('the lock of an index', () => {
       most = Math.max(most, holders);
       await new Promise(setImmediate);
       holders -= 1;
-      release();
+      await release();
     };
     await Promise.all([one(), one(), one(), one()]);
     expect(most).toBe(1);

@@ -2,8 +2,7 @@
  * One process at a time makes the index of a layer: several may have one directory of indexes (mounts by hand, the command
  * that indexes). Within a process the indexer sees to it itself.
  */
-import { closeSync, fstatSync, openSync, rmSync, statSync } from 'node:fs';
-import { mkdir } from 'node:fs/promises';
+import { type FileHandle, mkdir, open, rm, stat } from 'node:fs/promises';
 import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { lockAlone } from '../../linux/file-lock.js';
@@ -18,24 +17,35 @@ const PAUSE = 250;
  * @param onWait called once when another process has it
  * @returns lets go of it; the end of the process does too
  */
-export async function lockIndex(file: string, onWait: () => void): Promise<() => void> {
+export async function lockIndex(file: string, onWait: () => void): Promise<() => Promise<void>> {
   await mkdir(path.dirname(file), { recursive: true, mode: 0o700 });
   for (let waited = false; ; await sleep(PAUSE)) {
-    const descriptor = openSync(file, 'a', 0o600);
-    // Whoever had it has removed the file: a lock on what was removed keeps nobody out.
-    if (lockAlone(descriptor) && isStill(file, descriptor)) {
-      return () => {
-        rmSync(file, { force: true });
-        closeSync(descriptor);
-      };
+    const handle = await open(file, 'a', 0o600);
+    try {
+      // Whoever had it has removed the file: a lock on what was removed keeps nobody out.
+      if (lockAlone(handle.fd) && (await isStill(file, handle))) {
+        return async () => {
+          await rm(file, { force: true });
+          await handle.close();
+        };
+      }
+    } catch (error) {
+      await handle.close();
+      throw error;
     }
-    closeSync(descriptor);
+    await handle.close();
     if (!waited) onWait();
     waited = true;
   }
 }
 
-function isStill(file: string, descriptor: number): boolean {
-  const [named, open] = [statSync(file, { throwIfNoEntry: false }), fstatSync(descriptor)];
-  return named?.ino === open.ino && named.dev === open.dev;
+async function isStill(file: string, handle: FileHandle): Promise<boolean> {
+  const [named, opened] = await Promise.all([
+    stat(file).catch((error: NodeJS.ErrnoException) => {
+      if (error.code === 'ENOENT') return undefined;
+      throw error;
+    }),
+    handle.stat(),
+  ]);
+  return named?.ino === opened.ino && named.dev === opened.dev;
 }
