@@ -18,18 +18,16 @@ export class NumberRows {
     return this.#count;
   }
 
-  /** @returns false when there is no room */
-  push(...row: readonly number[]): boolean {
-    if (this.#count === this.maxRows) return false;
+  /** A new row, of zeros. @returns which, or -1 when there is no room */
+  add(): number {
+    if (this.#count === this.maxRows) return -1;
     const at = this.#count * this.width;
     if (at === this.#numbers.length) {
       const larger = new Float64Array(Math.min(2 * at, this.maxRows * this.width));
       larger.set(this.#numbers);
       this.#numbers = larger;
     }
-    this.#numbers.set(row, at);
-    this.#count += 1;
-    return true;
+    return this.#count++;
   }
 
   /** NaN where there is no such row. */

@@ -99,7 +99,18 @@ export class ReadingRecord {
       rows.set(last, READ.length, rows.get(last, READ.length) + length);
       rows.set(last, READ.count, rows.get(last, READ.count) + 1);
       rows.set(last, READ.wait, Math.max(rows.get(last, READ.wait), waitMs));
-    } else if (!rows.push(atMs, offset, length, 1, waitMs)) this.#readsLeftOut += 1;
+      return;
+    }
+    const row = rows.add();
+    if (row < 0) {
+      this.#readsLeftOut += 1;
+      return;
+    }
+    rows.set(row, READ.at, atMs);
+    rows.set(row, READ.offset, offset);
+    rows.set(row, READ.length, length);
+    rows.set(row, READ.count, 1);
+    rows.set(row, READ.wait, waitMs);
   }
 
   /** A fetch that has ended. @param askedAt on the clock of `performance.now` */
@@ -109,8 +120,17 @@ export class ReadingRecord {
     askedAt: number,
     failed: boolean,
   ): void {
-    const [atMs, ms] = [askedAt - this.#beganAt, performance.now() - askedAt];
-    const row = [atMs, ms, offset, length, URGENCIES.indexOf(urgency), failed ? 1 : 0];
-    if (!this.#fetches.push(...row)) this.#fetchesLeftOut += 1;
+    const rows = this.#fetches;
+    const row = rows.add();
+    if (row < 0) {
+      this.#fetchesLeftOut += 1;
+      return;
+    }
+    rows.set(row, FETCH.at, askedAt - this.#beganAt);
+    rows.set(row, FETCH.ms, performance.now() - askedAt);
+    rows.set(row, FETCH.offset, offset);
+    rows.set(row, FETCH.length, length);
+    rows.set(row, FETCH.urgency, URGENCIES.indexOf(urgency));
+    rows.set(row, FETCH.failed, failed ? 1 : 0);
   }
 }
