@@ -7,6 +7,7 @@
  * credentials. One that does not have an object is not asked for it again for a while, and one in trouble is left alone.
  */
 import { Authenticator } from './authenticator.js';
+import { hasBlob, uploadBlob, type BlobToUpload, type Uploaded, type UploadOptions } from './blob-upload.js';
 import type { CredentialSource } from './credentials.js';
 import { digestOf, digestProblem, isDigest } from './digest.js';
 import {
@@ -112,47 +113,31 @@ export class RegistryClient {
   }
 
   /**
-   * Uploads a blob, unless the registry has it (distribution specification 1.1, "Pushing Blobs").
+   * Uploads a blob, unless the registry has it.
    *
    * @returns whether it had to be sent
    * @throws {RegistryError}
    */
   async pushBlob(reference: Reference, digest: string, body: Buffer, signal?: AbortSignal): Promise<boolean> {
     verifyContent(body, { digest });
-    const object = `blob ${digest}`;
-    const capability = 'push';
-    const common = { reference, object, capability, signal } as const;
-    return this.#requests.fromAny({ ...common, path: '', headers: {} }, async (asked) => {
-      const look = {
-        ...common,
-        path: `blobs/${digest}`,
-        method: 'HEAD',
-        answers: new Set([200, 404]),
-      } as const;
-      const there = await this.#requests.get({ ...look, headers: {} }, asked);
-      await there.body.discard();
-      if (there.status === 200) return false;
-      const start = { ...common, path: 'blobs/uploads/', method: 'POST', answers: new Set([202]) } as const;
-      const begun = await this.#requests.get({ ...start, headers: { 'content-length': '0' } }, asked);
-      await begun.body.discard();
-      const location = begun.header('location') ?? '';
-      const target = URL.canParse(location, begun.url.href) ? new URL(location, begun.url) : undefined;
-      if (location === '' || target?.origin !== begun.url.origin) {
-        // Elsewhere our credentials would not be sent, and without them nobody takes a blob.
-        throw new RegistryError('it names no place of its own to upload to', {
-          kind: 'invalid',
-          host: begun.url.host,
-          repository: reference.repository,
-          object,
-        });
-      }
-      target.searchParams.set('digest', digest);
-      const path = `${target.pathname}${target.search}`;
-      const headers = { 'content-type': 'application/octet-stream', 'content-length': String(body.length) };
-      const put = { ...common, path, method: 'PUT', body, headers, answers: new Set([201]) } as const;
-      await (await this.#requests.get(put, asked)).body.discard();
-      return true;
-    });
+    const how = await this.upload(reference, { digest, size: body.length, body }, { signal });
+    return how === 'sent';
+  }
+
+  /**
+   * Uploads a blob that need not fit in memory, unless the registry has it. The registry compares its bytes with the digest.
+   *
+   * @param options.mountFrom a repository of the same registry that may have it: then it need not be sent
+   * @throws {RegistryError}
+   */
+  upload(reference: Reference, blob: BlobToUpload, options: UploadOptions = {}): Promise<Uploaded> {
+    return uploadBlob(this.#requests, reference, blob, options);
+  }
+
+  /** @throws {RegistryError} */
+  hasBlob(reference: Reference, digest: string, signal?: AbortSignal): Promise<boolean> {
+    this.#checkDigest(reference, digest);
+    return hasBlob(this.#requests, reference, digest, signal);
   }
 
   /**

@@ -2,6 +2,7 @@
  * A request to a repository, sent to the endpoints of its registry (hosts.toml): mirrors, tried in order, and itself. Each sees
  * only its own credentials. One that does not have an object is not asked for it again for a while.
  */
+import type { Readable } from 'node:stream';
 import { LRUCache } from 'lru-cache';
 import type { Authenticator, Party } from './authenticator.js';
 import { Authorization } from './authorization.js';
@@ -34,8 +35,12 @@ export interface RepositoryRequest {
   readonly signal?: AbortSignal | undefined;
   /** Default: GET, answered with one of {@link CONTENT}. */
   readonly method?: 'HEAD' | 'POST' | 'PUT';
-  readonly body?: Buffer;
+  /** Bytes, or what opens a stream of them for each time that they are sent. */
+  readonly body?: Buffer | (() => Readable);
   readonly answers?: ReadonlySet<number>;
+  /** Milliseconds for the whole exchange, and to the headers of its answer, instead of the usual ones. */
+  readonly timeoutMs?: number;
+  readonly headersTimeoutMs?: number;
 }
 
 /** An endpoint that is asked, and what is remembered of the object there. */
@@ -226,7 +231,11 @@ export class RepositoryRequests {
           originHeaders,
           authorization,
           ...(request.method !== undefined && { method: request.method }),
-          ...(request.body !== undefined && { body: request.body }),
+          ...(request.body !== undefined && {
+            body: typeof request.body === 'function' ? request.body() : request.body,
+          }),
+          ...(request.timeoutMs !== undefined && { timeoutMs: request.timeoutMs }),
+          ...(request.headersTimeoutMs !== undefined && { headersTimeoutMs: request.headersTimeoutMs }),
         });
         if ((request.answers ?? CONTENT).has(response.status)) return response;
         // Read at once, so that the connection is free for what follows.

@@ -7,6 +7,7 @@
  * never shown to another origin (scheme, host and port) than the one they were given for; the body of every response is
  * consumed or its connection closed.
  */
+import type { Readable } from 'node:stream';
 import { LRUCache } from 'lru-cache';
 import type { Dispatcher } from 'undici';
 import { counted, exchangeBegins, type HostExchanges } from '../metrics.js';
@@ -65,13 +66,16 @@ export interface TransportRequest {
   readonly headers?: Readonly<Record<string, string>>;
   /** For the origin of `url` alone. */
   readonly authorization?: Authorization | undefined;
-  readonly body?: string | Buffer;
+  /** A stream is sent as it comes, and destroyed when that fails. */
+  readonly body?: string | Buffer | Readable;
   /** False: an answer that redirects is the answer. A POST or PUT is never redirected. */
   readonly followRedirects?: boolean;
   /** Ends the exchange at any time. */
   readonly signal?: AbortSignal | undefined;
   /** Instead of the transport's `requestTimeoutMs`. */
   readonly timeoutMs?: number;
+  /** Instead of the transport's `headersTimeoutMs`; it begins anew while a body is being sent. */
+  readonly headersTimeoutMs?: number;
   /** For the origin of `url` alone; may hold secrets. Names in lower case. */
   readonly originHeaders?: Readonly<Record<string, string>>;
   /** How connections to the origin of `url` are made. Where it redirects to, all of it but the client certificates counts. */
@@ -376,6 +380,7 @@ export class Transport {
         method: request.method ?? 'GET',
         headers,
         body: request.body ?? null,
+        ...(request.headersTimeoutMs !== undefined && { headersTimeout: request.headersTimeoutMs }),
         signal,
       });
       ends(data.statusCode);
