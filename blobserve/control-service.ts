@@ -11,6 +11,7 @@ import { NotIndexableError } from './layer-indexer.js';
 import type { LayerServer } from './layer-server.js';
 import { dataPlaneFamilies } from './metric-families.js';
 import { counted } from './metrics.js';
+import { NoRoomError, type Prefetches } from './prefetch.js';
 import type { PullCredentials } from './registry/pull-credentials.js';
 import { ImageReferenceError } from './registry/reference.js';
 import { ReadError, type ReadErrorKind } from './readers/blob-reader.js';
@@ -26,6 +27,7 @@ export interface ControlOptions {
     source: control.LayerSource.$Properties,
     platform: string,
   ) => Promise<control.DescribeResponse.$Properties>;
+  readonly prefetches: Pick<Prefetches, 'prefetch'>;
   /** Credentials that came with pulls. */
   readonly pulls: Pick<PullCredentials, 'take' | 'messages'>;
   readonly backend: 'nbd' | 'fuse';
@@ -52,12 +54,16 @@ const CODES: Readonly<Record<ReadErrorKind | RegistryFailure, grpc.status>> = {
 /** gRPC carries the message in a header, and peers bound the size of headers. */
 const MESSAGE_MAX = 2000;
 
+/** Milliseconds between two messages that tell how far something is. */
+const PROGRESS_INTERVAL = 200;
+
 class NotAttachedError extends Error {
   override readonly name = 'NotAttachedError';
 }
 
 function statusOf(error: unknown): grpc.status {
   if (error instanceof NotAttachedError) return grpc.status.NOT_FOUND;
+  if (error instanceof NoRoomError) return grpc.status.RESOURCE_EXHAUSTED;
   if (error instanceof ReadError) return CODES[error.kind];
   if (error instanceof RegistryError) return CODES[error.kind];
   if (error instanceof LayerRefusedError || error instanceof NotIndexableError)
@@ -65,6 +71,14 @@ function statusOf(error: unknown): grpc.status {
   if (error instanceof RangeError || error instanceof ImageReferenceError)
     return grpc.status.INVALID_ARGUMENT;
   return grpc.status.INTERNAL;
+}
+
+/** The error as the other side sees it: looked at here, and refused. */
+function refusal(error: unknown): grpc.ServerErrorResponse & { readonly details: string } {
+  const message = (error instanceof Error ? error.message : String(error)).slice(0, MESSAGE_MAX);
+  const metadata = new grpc.Metadata();
+  metadata.set(ANSWERED, '1');
+  return { name: 'Refused', message, code: statusOf(error), details: message, metadata };
 }
 
 const URGENCIES: Readonly<Record<FetchUrgency, control.FetchUrgency>> = {
@@ -103,10 +117,41 @@ export function controlImplementation(options: ControlOptions): grpc.UntypedServ
         (error: unknown) => {
           took(statusOf(error));
           log.warn({ call: name, err: error }, 'refused');
-          const message = error instanceof Error ? error.message : String(error);
-          const metadata = new grpc.Metadata();
-          metadata.set(ANSWERED, '1');
-          callback({ code: statusOf(error), details: message.slice(0, MESSAGE_MAX), metadata });
+          callback(refusal(error));
+        },
+      );
+    };
+  }
+
+  /** Work that tells how far it is; who cancels the call ends it. */
+  function told<Request, Progress>(
+    name: string,
+    work: (request: Request, tell: (progress: Progress) => void, signal: AbortSignal) => Promise<Progress>,
+  ): grpc.handleServerStreamingCall<Request, Progress> {
+    return (call) => {
+      const startedAt = performance.now();
+      const took = (code: grpc.status): void => {
+        counted.calls.of(name, grpc.status[code]).observe((performance.now() - startedAt) / 1000);
+      };
+      const cancelled = new AbortController();
+      call.on('cancelled', () => cancelled.abort(new ReadError('closed', `${name}: the call was cancelled`)));
+      let saidAt = -Infinity;
+      const tell = (progress: Progress): void => {
+        const now = performance.now();
+        if (now - saidAt < PROGRESS_INTERVAL) return;
+        saidAt = now;
+        call.write(progress);
+      };
+      work(call.request, tell, cancelled.signal).then(
+        (progress) => {
+          took(grpc.status.OK);
+          call.write(progress);
+          call.end();
+        },
+        (error: unknown) => {
+          took(statusOf(error));
+          if (!cancelled.signal.aborted) log.warn({ call: name, err: error }, 'refused');
+          call.emit('error', refusal(error));
         },
       );
     };
@@ -141,6 +186,9 @@ export function controlImplementation(options: ControlOptions): grpc.UntypedServ
       if (record === undefined) throw new NotAttachedError(`layer ${layerId} is not attached`);
       return readingMessage(record);
     }),
+    prefetch: told('Prefetch', (request: control.PrefetchRequest, tell, signal) =>
+      options.prefetches.prefetch(request, tell, signal),
+    ),
     keepPullCredentials: unary('KeepPullCredentials', (request: control.KeepPullCredentialsRequest) => {
       for (const repository of request.repositories) options.pulls.take(repository);
       return {};

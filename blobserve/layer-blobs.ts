@@ -55,6 +55,8 @@ export class LayerBlobs {
   readonly #downloads: BackgroundDownloads;
   /** By host. */
   readonly #slots = new Map<string, FetchSlots>();
+  /** By digest; those that were closed go when somebody looks. */
+  readonly #opened = new Map<string, LayerBlob[]>();
 
   constructor(options: LayerBlobsOptions) {
     const { cache, fetch, background } = options.configuration;
@@ -135,7 +137,17 @@ export class LayerBlobs {
       space: this.space,
       log: layerLog,
     });
-    return { cache, range, knowledge, slots, record, log: layerLog };
+    const blob = { cache, range, knowledge, slots, record, log: layerLog };
+    this.#opened.set(digest, [...this.opened(digest), blob]);
+    return blob;
+  }
+
+  /** The same blob as others here have it open, the one opened first before the others. */
+  opened(digest: string): readonly LayerBlob[] {
+    const open = (this.#opened.get(digest) ?? []).filter(({ cache }) => !cache.closed);
+    if (open.length > 0) this.#opened.set(digest, open);
+    else this.#opened.delete(digest);
+    return open;
   }
 
   /**

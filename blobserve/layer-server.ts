@@ -121,6 +121,11 @@ export class LayerServer {
     return this.#served.get(layerId)?.path.record;
   }
 
+  /** The same of an attached layer by its digest. */
+  readingOf(digest: string): ReadingRecord | undefined {
+    return [...this.#served.values()].find(({ source }) => source.layerDigest === digest)?.path.record;
+  }
+
   /** Layers that are not attached and have readers waiting. */
   awaited(): number[] {
     return this.#options.backend.awaited();

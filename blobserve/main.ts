@@ -26,6 +26,8 @@ import { LayerIndexer } from './layer-indexer.js';
 import { isClassic, LayerLookup } from './layer-lookup.js';
 import { LayerServer } from './layer-server.js';
 import { MaterialisedLayers } from './materialised-layers.js';
+import { Prefetches } from './prefetch.js';
+import { recordedOrder } from './prefetch-order.js';
 import { PublishedIndexes } from './published/published-indexes.js';
 import { openRegistryClient } from './open-registry-client.js';
 import { PullCredentials } from './registry/pull-credentials.js';
@@ -159,6 +161,17 @@ async function main(): Promise<void> {
     },
     log,
   });
+  const prefetches = new Prefetches({
+    lookup,
+    blobs,
+    index: index.build ? (source) => paths.index(source) : undefined,
+    first: ({ layerDigest, kind }) => {
+      const record = server.readingOf(layerDigest ?? '');
+      return record === undefined ? [] : recordedOrder(record, kind ?? control.LayerKind.OTHER);
+    },
+    rangeBytes: configuration.fetch.max_range,
+    log,
+  });
   const controlServer = new grpc.Server({ 'grpc.max_receive_message_length': 4 * 2 ** 20 });
 
   let stopping = false;
@@ -171,8 +184,9 @@ async function main(): Promise<void> {
     setTimeout(leave, STOP_TIMEOUT).unref();
     // In order, so that the answer to a Shutdown still leaves; calls that wait for a registry are not waited for.
     controlServer.tryShutdown(() => undefined);
-    server
+    prefetches
       .close()
+      .then(() => server.close())
       .then(() => blobs.close())
       .then(() => client.close())
       .catch((error: unknown) => log.error({ err: error }, 'not everything was closed'))
@@ -185,6 +199,7 @@ async function main(): Promise<void> {
       server,
       hosts: () => client.hosts(),
       describe: (source, platform) => lookup.describe(source, platform),
+      prefetches,
       pulls,
       backend: options.attach,
       backendReason: options.attachReason,

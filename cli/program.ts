@@ -3,11 +3,13 @@
  */
 import { Command } from 'commander';
 import { VERSION } from '../daemon/version.js';
+import { addConvertCommand } from './convert-command.js';
 import { addDoctorCommand } from './doctor.js';
 import { addInspectCommand } from './inspect.js';
 import { addIndexCommand } from './index-command.js';
 import { addMountCommand } from './mount-command.js';
 import { addListCommand, addReattachCommand, addUmountCommand } from './mounts-commands.js';
+import { addPrefetchCommand } from './prefetch-command.js';
 import { addReportCommand } from './report-command.js';
 import { addReferenceCommands } from './reference-commands.js';
 import { addStatusCommand } from './status.js';
@@ -24,7 +26,9 @@ export function createProgram(): Command {
     .configureOutput({ outputError: () => undefined, writeErr: () => undefined });
   // Here each subcommand's file adds its command, in the order of the help.
   addPullCommand(program);
+  addPrefetchCommand(program);
   addIndexCommand(program);
+  addConvertCommand(program);
   addMountCommand(program);
   addUmountCommand(program);
   addListCommand(program);

@@ -2,8 +2,8 @@
  * `erofs-nbd pull IMAGE`: the command around `pull.ts`.
  */
 import process from 'node:process';
-import { InvalidArgumentError, Option, type Command } from 'commander';
-import { machinePlatform, parsePlatform, type Platform } from '../blobserve/registry/platform.js';
+import { Option, type Command } from 'commander';
+import type { Platform } from '../blobserve/registry/platform.js';
 import { openRegistryClient } from '../blobserve/open-registry-client.js';
 import { loadConfiguration } from '../daemon/configuration.js';
 import { createLogger } from '../daemon/log.js';
@@ -12,6 +12,7 @@ import { ContainerdClient } from '../snapshotter/containerd-client.js';
 import { noContainerd, withContainerdOptions, type ContainerdOptions } from './containerd-options.js';
 import { Failure } from './failure.js';
 import { imageArgument } from './image-argument.js';
+import { platformOption } from './platform-option.js';
 import { openProgress } from './progress.js';
 import { pull } from './pull.js';
 import { interruptible, print } from './terminal.js';
@@ -40,22 +41,10 @@ export function addPullCommand(program: Command): void {
         .env('CONTAINERD_SNAPSHOTTER')
         .default('erofs-nbd'),
     )
-    .addOption(
-      new Option('--platform <os/architecture[/variant]>', 'of which platform')
-        .argParser(toPlatform)
-        .default(machinePlatform(), "this machine's"),
-    )
+    .addOption(platformOption())
     .option('-q, --quiet', 'show no progress')
     .option('--json', 'print the result as JSON')
     .action(pullImage);
-}
-
-function toPlatform(text: string): Platform {
-  try {
-    return parsePlatform(text);
-  } catch (error) {
-    throw new InvalidArgumentError((error as Error).message);
-  }
 }
 
 async function pullImage(image: string, options: PullCommandLine): Promise<void> {

@@ -66,7 +66,7 @@ const BACKENDS: Readonly<Record<number, 'nbd' | 'fuse'>> = {
   [control.Backend.FUSE]: 'fuse',
 };
 
-const KINDS: Readonly<Record<number, LayerStatus['kind']>> = {
+export const LAYER_KINDS: Readonly<Record<number, LayerStatus['kind']>> = {
   [control.LayerKind.EROFS]: 'erofs',
   [control.LayerKind.TAR]: 'tar',
   [control.LayerKind.TAR_GZIP]: 'tar.gz',
@@ -79,7 +79,7 @@ export function layerStatus(given: control.Device.$Properties): LayerStatus {
   return {
     layer: device.layerDigest,
     image: device.imageRef,
-    kind: KINDS[device.kind] ?? 'other',
+    kind: LAYER_KINDS[device.kind] ?? 'other',
     backend: BACKENDS[device.backend] ?? 'fuse',
     device: device.path,
     deviceBytes: device.size,

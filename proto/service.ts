@@ -119,6 +119,7 @@ export const controlService = {
   detach: method(`${C}Detach`, control.DetachRequest, control.DetachResponse),
   list: method(`${C}List`, control.ListRequest, control.ListResponse),
   reading: method(`${C}Reading`, control.ReadingRequest, control.ReadingResponse),
+  prefetch: method(`${C}Prefetch`, control.PrefetchRequest, control.PrefetchProgress, true),
   keepPullCredentials: method(
     `${C}KeepPullCredentials`,
     control.KeepPullCredentialsRequest,

@@ -1,5 +1,5 @@
 /**
- * A unary call as a promise, with the types of the service definition.
+ * Calls as promises, with the types of the service definition: one answer, or messages until there is one.
  */
 import * as grpc from '@grpc/grpc-js';
 
@@ -68,4 +68,41 @@ export function unaryCall<RequestIn, Request, ResponseIn, Response>(
       },
     );
   });
+}
+
+/**
+ * A call that tells how far it is, until it is done.
+ *
+ * @param onProgress called with every message, the last one included
+ * @param signal cancels the call
+ * @returns the last message
+ * @throws {CallError}, and what the signal says when it is aborted
+ */
+export async function toldCall<RequestIn, Request, ResponseIn, Response>(
+  client: grpc.Client,
+  method: UnaryMethod<RequestIn, Request, ResponseIn, Response>,
+  request: RequestIn,
+  onProgress: (message: Response) => void,
+  signal: AbortSignal,
+): Promise<Response> {
+  signal.throwIfAborted();
+  // Sound: as above.
+  const deserialize = method.responseDeserialize as unknown as (bytes: Buffer) => Response;
+  const call = client.makeServerStreamRequest(method.path, method.requestSerialize, deserialize, request);
+  const cancel = (): void => call.cancel();
+  signal.addEventListener('abort', cancel, { once: true });
+  try {
+    return await new Promise<Response>((resolve, reject) => {
+      let last: Response | undefined;
+      call.on('data', (message: Response) => onProgress((last = message)));
+      call.on('error', (error: grpc.ServiceError) => {
+        reject(signal.aborted ? (signal.reason as Error) : callError(error));
+      });
+      call.on('end', () => {
+        if (last !== undefined) resolve(last);
+      });
+    });
+  } finally {
+    signal.removeEventListener('abort', cancel);
+  }
 }

@@ -5,7 +5,7 @@
 import * as grpc from '@grpc/grpc-js';
 import type { control } from '../proto/messages.js';
 import { controlService } from '../proto/service.js';
-import { unaryCall } from '../proto/unary-call.js';
+import { toldCall, unaryCall } from '../proto/unary-call.js';
 
 /** Milliseconds; a call that only reports must not hang when the other side does. */
 const REPORT_TIMEOUT = 10_000;
@@ -50,6 +50,15 @@ export class BlobServeClient {
   /** @throws {CallError} NOT_FOUND when the layer is not attached */
   reading(layerId: number): Promise<control.ReadingResponse> {
     return unaryCall(this.#client, controlService.reading, { layerId }, REPORT_TIMEOUT);
+  }
+
+  /** @param onProgress called now and then with how far it is */
+  prefetch(
+    request: control.PrefetchRequest.$Properties,
+    onProgress: (progress: control.PrefetchProgress) => void,
+    signal: AbortSignal,
+  ): Promise<control.PrefetchProgress> {
+    return toldCall(this.#client, controlService.prefetch, request, onProgress, signal);
   }
 
   async keepPullCredentials(repositories: control.RepositoryCredentials.$Properties[]): Promise<void> {

@@ -161,6 +161,11 @@ export class CacheReader implements BlobReader {
     return this.#store.complete;
   }
 
+  /** True from the call of `close` on. */
+  get closed(): boolean {
+    return this.#closing !== undefined;
+  }
+
   get statistics(): CacheStatistics {
     return {
       cachedBytes: this.#store.cachedBytes,

@@ -8,9 +8,10 @@ import {
   resolveManifest,
   verifyContent,
 } from '../../blobserve/registry/manifest.js';
-import { machinePlatform } from '../../blobserve/registry/platform.js';
+import { machinePlatform, type Platform } from '../../blobserve/registry/platform.js';
 import { formatReference, ImageReferenceError, parseReference } from '../../blobserve/registry/reference.js';
 import { containersService } from '../../proto/service.js';
+import type { images } from '../../proto/messages.js';
 import { CallError } from '../../proto/unary-call.js';
 import type { CallContext, ContainerdClient } from '../../snapshotter/containerd-client.js';
 import { Failure } from '../failure.js';
@@ -46,20 +47,34 @@ export async function imageLayers(
       `containerd has ${what} ${JSON.stringify(wanted)} in namespace "${context.namespace}" (--namespace)`,
     );
   }
-  const { manifest } = await resolveManifest(
-    async ({ digest = '' }) => {
-      const body = await containerd.readContent(context, digest, MAX_MANIFEST_BYTES);
-      verifyContent(body, { digest });
-      return { ...parseManifest(body), digest, size: body.length };
-    },
-    { ...parseReference('report'), digest: found.target?.digest ?? '' },
-    machinePlatform(),
-  );
+  const { manifest } = await storedManifest(containerd, context, found, machinePlatform());
   return {
     image: found.name,
     ...(container === found.name && container !== wanted && { container: wanted }),
     layers: manifest.layers.map(({ digest }) => digest),
   };
+}
+
+/**
+ * The manifest of one platform, as containerd keeps it.
+ *
+ * @throws {CallError | ManifestError} it does not
+ */
+export async function storedManifest(
+  containerd: ContainerdClient,
+  context: CallContext,
+  image: images.Image,
+  platform: Platform,
+): ReturnType<typeof resolveManifest> {
+  return resolveManifest(
+    async ({ digest = '' }) => {
+      const body = await containerd.readContent(context, digest, MAX_MANIFEST_BYTES);
+      verifyContent(body, { digest });
+      return { ...parseManifest(body), digest, size: body.length };
+    },
+    { ...parseReference('stored'), digest: image.target?.digest ?? '' },
+    platform,
+  );
 }
 
 function canonical(wanted: string): string[] {
