@@ -84,8 +84,8 @@ export class ReplyMemory {
       this.#idleBytes += capacity;
       this.#scheduleTrim();
     }
-    for (const callback of this.#waiting.splice(0)) {
-      callback();
+    if (this.#waiting.length > 0) {
+      for (const callback of this.#waiting.splice(0)) callback();
     }
   }
 
@@ -121,5 +121,6 @@ function classOf(length: number): number {
 }
 
 function capacityOf(sizeClass: number): number {
-  return 2 ** sizeClass + REPLY_HEADER_ROOM;
+  // At most 2^25 bytes of data, so that a shift will do; a power would be computed as floating point.
+  return (1 << sizeClass) + REPLY_HEADER_ROOM;
 }

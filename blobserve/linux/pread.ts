@@ -4,21 +4,15 @@
  */
 import koffi from 'koffi';
 import { libc } from './libc.js';
+import { IoVector } from './memory-address.js';
 
 /** Fail with EAGAIN rather than wait for the disk; <linux/fs.h>. */
 const RWF_NOWAIT = 0x00000008;
 
 const { EOPNOTSUPP, ENOSYS } = koffi.os.errno;
 
-/** struct iovec of <bits/types/struct_iovec.h>: base address u64, length u64 (64-bit, little endian). */
-const IOVEC_SIZE = 16;
-
-/**
- * One vector for all calls, in memory that does not move: a call is synchronous, so no two use it at once. Written as
- * 32-bit halves, because a BigInt for each would cost more than the system call.
- */
-const vector: unknown = koffi.alloc('uint8_t', IOVEC_SIZE);
-const vectorWords = new Uint32Array(koffi.view(vector, IOVEC_SIZE));
+/** One vector for all calls: a call is synchronous, so no two use it at once. */
+const vector = new IoVector(1);
 
 /** Keeps the buffer alive during the call: the kernel knows its address only, and a number holds nothing. */
 const inCall: { target: Buffer | undefined } = { target: undefined };
@@ -30,22 +24,6 @@ const preadv2 = libc.func('long preadv2(int fd, void *iov, int iovcnt, int64_t o
   offset: number,
   flags: number,
 ) => number;
-
-/**
- * Where the memory of an ArrayBuffer begins. It stays there as long as the ArrayBuffer has it (one that was detached
- * has length 0, and is never asked for), so asking koffi once for each is enough.
- */
-const bases = new WeakMap<ArrayBufferLike, number>();
-
-function addressOf(target: Buffer): number {
-  let base = bases.get(target.buffer);
-  if (base === undefined) {
-    // User addresses have at most 57 bits only when asked for, 47 otherwise: exact in a double.
-    base = Number(koffi.address(target)) - target.byteOffset;
-    bases.set(target.buffer, base);
-  }
-  return base + target.byteOffset;
-}
 
 /** An open file asked only for what is in the page cache; remembers when its file system cannot answer that. */
 export class PageCachedFile {
@@ -70,13 +48,9 @@ export class PageCachedFile {
   preadNow(target: Buffer, offset: number): number | undefined {
     if (target.length === 0) return 0;
     if (!this.#supported) return undefined;
-    const address = addressOf(target);
-    vectorWords[0] = address; // modulo 2^32, as typed arrays store
-    vectorWords[1] = address / 0x1_0000_0000;
-    vectorWords[2] = target.length;
-    vectorWords[3] = target.length / 0x1_0000_0000;
+    vector.set(0, target);
     inCall.target = target;
-    const count = preadv2(this.fd, vector, 1, offset, RWF_NOWAIT);
+    const count = preadv2(this.fd, vector.pointer, 1, offset, RWF_NOWAIT);
     inCall.target = undefined;
     if (count >= 0) return count;
     const errno = koffi.errno();
