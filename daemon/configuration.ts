@@ -185,6 +185,7 @@ const schema = z.strictObject({
       attach: z.enum(['eager', 'first-use']).default('eager'),
       restart_backoff_max: duration('10s', '100ms', '10m'),
       silence_timeout: duration('30s', '2s', '1d'),
+      control_group: pathOrNone.default(''),
     })
     .prefault({}),
 });

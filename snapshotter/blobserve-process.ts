@@ -14,6 +14,7 @@ import { VERSION } from '../daemon/version.js';
 import { control } from '../proto/messages.js';
 import { CallError } from '../proto/unary-call.js';
 import { BlobServeClient } from './blobserve-client.js';
+import { outliveContainer } from './control-group.js';
 import { counted } from './metrics.js';
 import {
   isRunning,
@@ -76,6 +77,8 @@ export interface BlobServeProcessOptions {
   readonly silenceTimeoutMs: number;
   /** When a process that is found gives its devices to a new one. */
   readonly handover: 'never' | 'other-version' | 'always';
+  /** The control group that it is put into; empty: this process's own. */
+  readonly controlGroup: string;
   /** Descriptor that the process logs to; default: where this one does. */
   readonly output?: number;
   /**
@@ -360,6 +363,7 @@ export class BlobServeProcess {
     // down ends by itself.
     const started = child.pid === undefined ? undefined : await processIdentity(child.pid);
     if (started !== undefined) await writeIdentity(this.#options.record, started);
+    await outliveContainer(this.#options.controlGroup, child.pid, log);
     child.stdin?.on('error', () => undefined);
     child.stdin?.end('\n');
     faultPoint('blobserve-recorded');

@@ -13,6 +13,7 @@ import type { Logger } from '../daemon/log.js';
 import type { control } from '../proto/messages.js';
 import { chooseBackend } from './backend-choice.js';
 import { BlobServeProcess, type BlobServeProcessOptions } from './blobserve-process.js';
+import { outliveContainer } from './control-group.js';
 import type { CredentialRelay } from './credential-relay.js';
 import { dropFuse, endKeeper, isKept, keepFuse, takeKeptFuse } from './fuse-keeper.js';
 import { mountAt, mountTable } from './mount-table.js';
@@ -63,6 +64,7 @@ export async function openDataPlane(options: DataPlaneOptions): Promise<BlobServ
       fuseDescriptor: () => connection?.descriptor ?? -1,
       restartBackoffMaxMs: configuration.recovery.restart_backoff_max,
       silenceTimeoutMs: configuration.recovery.silence_timeout,
+      controlGroup: configuration.recovery.control_group,
       // Without netlink a device dies with its server: the old one goes on as long as it can.
       handover: !choice.survives ? 'never' : options.handover ? 'always' : 'other-version',
       onFound: (client) => options.credentials.takeFrom(client),
@@ -113,8 +115,9 @@ interface FuseConnection {
 async function finishFuse(
   { descriptor, fresh, stored }: FuseConnection,
   dataPlane: BlobServeProcess,
-  { layout, store, log }: DataPlaneOptions,
+  options: DataPlaneOptions,
 ): Promise<void> {
+  const { layout, store, log } = options;
   // Mounted with the server already reading: mount(8) may look at the new mount before it returns.
   if (fresh) {
     await mountFuse(descriptor, layout.fuse);
@@ -124,7 +127,7 @@ async function finishFuse(
   if (!stored) store.store(STORED, descriptor);
   if (store.isReliable) return endKeeper(layout.fuseKeeper);
   const timer = setInterval(() => {
-    keepAgain(layout.fuseKeeper, descriptor, log).catch((error: unknown) =>
+    keepAgain(descriptor, options).catch((error: unknown) =>
       log.error({ err: error }, 'the FUSE connection has no keeper, and none can be started'),
     );
   }, KEEPER_INTERVAL);
@@ -132,10 +135,15 @@ async function finishFuse(
   dataPlane.onReleased(() => clearInterval(timer));
 }
 
-async function keepAgain(file: string, descriptor: number, log: Logger): Promise<void> {
-  if (await isKept(file)) return;
-  log.warn('the keeper of the FUSE connection is gone: starting another');
-  await keepFuse(file, descriptor);
+async function keepAgain(descriptor: number, options: DataPlaneOptions): Promise<void> {
+  if (await isKept(options.layout.fuseKeeper)) return;
+  options.log.warn('the keeper of the FUSE connection is gone: starting another');
+  await keep(descriptor, options);
+}
+
+function keep(descriptor: number, { configuration, layout, log }: DataPlaneOptions): Promise<void> {
+  const group = configuration.recovery.control_group;
+  return keepFuse(layout.fuseKeeper, descriptor, (pid) => outliveContainer(group, pid, log));
 }
 
 async function openFuseConnection(
@@ -147,15 +155,19 @@ async function openFuseConnection(
   if (mounted) {
     const stored = takeStoredFuse(store);
     if (stored !== undefined) {
-      if (!store.isReliable) await keepAgain(layout.fuseKeeper, stored, log);
+      if (!store.isReliable) await keepAgain(stored, options);
       return { descriptor: stored, fresh: false, stored: true };
     }
     const kept = await takeKeptFuse(layout.fuseKeeper, log);
-    if (kept !== undefined) return { descriptor: kept, fresh: false, stored: false };
+    if (kept !== undefined) {
+      // The former one is of a container that may be gone, with a root file system that only it keeps there.
+      if (options.handover && !store.isReliable) await keep(kept, options);
+      return { descriptor: kept, fresh: false, stored: false };
+    }
     if (running !== undefined) {
       // The keeper was ended by somebody; the process that serves holds the connection too.
       const descriptor = takeDescriptor(running.pid, running.fuseDescriptor);
-      if (!store.isReliable) await keepAgain(layout.fuseKeeper, descriptor, log);
+      if (!store.isReliable) await keepAgain(descriptor, options);
       return { descriptor, fresh: false, stored: false };
     }
     await unmountDeadFuse(options);
@@ -164,7 +176,7 @@ async function openFuseConnection(
   await mkdir(layout.fuse, { recursive: true, mode: 0o700 });
   const descriptor = openFuse();
   faultPoint('fuse-opened');
-  if (!store.isReliable) await keepFuse(layout.fuseKeeper, descriptor);
+  if (!store.isReliable) await keep(descriptor, options);
   faultPoint('fuse-kept');
   return { descriptor, fresh: true, stored: false };
 }

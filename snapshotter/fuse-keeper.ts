@@ -37,8 +37,16 @@ export async function takeKeptFuse(file: string, log: Logger): Promise<number | 
   }
 }
 
-/** Starts a keeper of this descriptor and writes it down; a keeper there was before is ended. */
-export async function keepFuse(file: string, descriptor: number): Promise<void> {
+/**
+ * Starts a keeper of this descriptor and writes it down; a keeper there was before is ended.
+ *
+ * @param begins is awaited with its pid before it counts
+ */
+export async function keepFuse(
+  file: string,
+  descriptor: number,
+  begins: (pid: number) => Promise<void> = () => Promise.resolve(),
+): Promise<void> {
   await endKeeper(file);
   // Its own session: a signal to the daemon's process group, or its terminal going away, is not meant for it. It begins
   // when it has been written down: were we to die before, nobody would ever find it, and it ends by itself.
@@ -58,6 +66,7 @@ export async function keepFuse(file: string, descriptor: number): Promise<void> 
   const identity = child.pid === undefined ? undefined : await processIdentity(child.pid);
   if (identity === undefined)
     throw new Error('the keeper of the FUSE connection (sleep infinity) ended at once');
+  await begins(identity.pid);
   await writeIdentity(file, identity);
   // It reads one line; that it has ended meanwhile is seen by whoever looks for it.
   child.stdin?.on('error', () => undefined);
