@@ -1,18 +1,24 @@
 #!/bin/bash
-# Installs the Debian package in a clean root of trixie, starts the daemon, upgrades, removes and purges it, and looks at what is left;
-# in a clean bookworm, whose Node.js is too old, apt has to say so. Last line: {"passed":N,"failed":N}.
+# What is published, in clean places. Last line: {"passed":N,"failed":N}.
 #
-#   debian-package.sh       needs root, debootstrap and a Debian mirror; about two minutes
+# - The Debian package in a clean root of trixie, and the one that brings its Node.js along in clean roots of trixie and bookworm
+#   without one: installed, the daemon started, upgraded, removed, purged, and a look at what is left. In bookworm, apt has to say
+#   of the other that Node.js is too old.
+# - The same packages under a systemd that runs (test/systemd), with a container that reads.
+# - `npm install --global` of what `npm pack` makes.
+#
+#   debian-package.sh [roots] [systemd] [npm]     default: all. Needs root, debootstrap and a Debian mirror
 set -uo pipefail
 cd "$(dirname -- "$(realpath -- "$0")")/../.."
+[ $# -gt 0 ] || set -- roots systemd npm
 MIRROR=${EROFS_NBD_DEBIAN_MIRROR:-http://deb.debian.org/debian}
 CACHE=$(realpath -m -- "${EROFS_NBD_CACHE:-$HOME/.cache/erofs-nbd}")/roots
 unset NODE_EXTRA_CA_CERTS NODE_OPTIONS
-passed=0 failed=0
+passed=0 failed=0 DAEMON=
 WORK=$(mktemp -d /var/tmp/erofs-nbd-package-XXXXXX)
 
 finish() {
-  [ -z "${DAEMON:-}" ] || kill "$DAEMON" 2>/dev/null
+  [ -z "$DAEMON" ] || kill "$DAEMON" 2>/dev/null
   umount -R "$WORK/root" 2>/dev/null
   rm -rf --one-file-system "$WORK"
 }
@@ -32,7 +38,7 @@ check() { # what, command...
 }
 
 clean_root() { # suite, packages: a fresh root at $WORK/root, from a tar that is made once
-  local archive=$CACHE/clean-$1.tar
+  local archive=$CACHE/clean-$1${2:+-${2//,/-}}.tar
   if [ ! -s "$archive" ]; then
     mkdir -p "$CACHE"
     debootstrap --variant=minbase ${2:+--include="$2"} "$1" "$WORK/made" "$MIRROR" >"$WORK/debootstrap" 2>&1 || {
@@ -83,39 +89,115 @@ refuses() { # text, command...: it fails, and says so
     return 1
   }
 }
+install_package() { inside apt-get install -y --no-install-recommends --allow-downgrades "/root/$1.deb"; }
+runs_with() { # a program: the daemons do
+  local process
+  for process in "$DAEMON" $(grep -oE '"pid":[0-9]+' "$WORK/root/var/lib/erofs-nbd/blobserve.json" | cut -d : -f 2); do
+    [ "$(readlink "/proc/$process/exe")" = "$WORK/root$1" ] || {
+      readlink "/proc/$process/exe"
+      return 1
+    }
+  done
+}
 
-OLD=$(bash packaging/debian/build.sh "$WORK") || exit 1
-AGAIN=$(bash packaging/debian/build.sh "$WORK/again") || exit 1
-check 'two builds are the same to the byte' cmp "$OLD" "$AGAIN"
-# The next version: the same content under a higher number.
-dpkg-deb -R "$OLD" "$WORK/next"
-sed -i 's/^Version: .*/Version: 99.0.0/' "$WORK/next/DEBIAN/control"
-dpkg-deb --root-owner-group -Zxz --build "$WORK/next" "$WORK/next.deb" >/dev/null
-OLD=/root/$(basename -- "$OLD")
+build() { # name, arguments of build.sh: NAME.deb, and NAME-next.deb, which is the same under a higher version
+  local made
+  made=$(COMPRESSION=gzip bash packaging/build.sh "${@:2}" "$WORK/$1") || exit 1
+  dpkg-deb -R "$made" "$WORK/next"
+  sed -i 's/^Version: .*/Version: 99.0.0/' "$WORK/next/DEBIAN/control"
+  dpkg-deb --root-owner-group -Zgzip -z1 --build "$WORK/next" "$WORK/$1-next.deb" >/dev/null
+  rm -rf "$WORK/next"
+  mv "$made" "$WORK/$1.deb"
+}
 
-check 'a clean trixie' clean_root trixie nodejs,init-system-helpers
-check 'it is installed' inside apt-get install -y --no-install-recommends "$OLD"
-check 'its commands are there' inside sh -c 'erofs-nbd --version && erofs-nbd-snapshotter --version'
-check 'the service is enabled' test -L "$WORK/root/etc/systemd/system/multi-user.target.wants/erofs-nbd-snapshotter.service"
-chroot "$WORK/root" erofs-nbd-snapshotter >"$WORK/daemon" 2>&1 &
-DAEMON=$!
-check 'the daemon starts and answers' answers
-check 'it is upgraded while the daemon runs' inside dpkg -i /root/next.deb
-check 'the daemon still answers' answers
-check 'it is not removed while the daemon runs' refuses 'not removed' inside apt-get remove -y erofs-nbd
-kill "$DAEMON"
-wait "$DAEMON"
-DAEMON=
-echo '# changed' >>"$WORK/root/etc/erofs-nbd/config.toml"
-check 'it is removed' inside apt-get remove -y erofs-nbd
-check 'what was changed in the configuration is kept' grep -q '# changed' "$WORK/root/etc/erofs-nbd/config.toml"
-check 'no process is left' no_process_left
-check 'it is purged' inside apt-get purge -y erofs-nbd
-check 'nothing is left' nothing_left
+from_start_to_end() { # name of the package, program of its daemons, another flavour: in the root that there is
+  local name=$1 node=$2 other=${3:-}
+  check "$name is installed" install_package "$name"
+  check 'its commands are there' inside sh -c 'erofs-nbd --version && erofs-nbd-snapshotter --version'
+  check 'the service is enabled' test -L "$WORK/root/etc/systemd/system/multi-user.target.wants/erofs-nbd-snapshotter.service"
+  chroot "$WORK/root" erofs-nbd-snapshotter >"$WORK/daemon" 2>&1 &
+  DAEMON=$!
+  check 'the daemon starts and answers' answers
+  check "the daemons are processes of $node" runs_with "$node"
+  if [ -n "$other" ]; then
+    check 'the other flavour takes its place while the daemon runs' install_package "$other"
+    check 'the daemon still answers' answers
+    check 'and this one the place of the other' install_package "$name"
+  fi
+  check 'it is upgraded while the daemon runs' inside dpkg -i "/root/$name-next.deb"
+  check 'the daemon still answers' answers
+  check 'it is not removed while the daemon runs' refuses 'not removed' inside apt-get remove -y erofs-nbd
+  kill "$DAEMON"
+  wait "$DAEMON"
+  DAEMON=
+  echo '# changed' >>"$WORK/root/etc/erofs-nbd/config.toml"
+  check 'it is removed' inside apt-get remove -y erofs-nbd
+  check 'what was changed in the configuration is kept' grep -q '# changed' "$WORK/root/etc/erofs-nbd/config.toml"
+  check 'no process is left' no_process_left
+  check 'it is purged' inside apt-get purge -y erofs-nbd
+  check 'nothing is left' nothing_left
+}
 
-check 'a clean bookworm' clean_root bookworm ''
-check 'its apt says that Node.js is too old there' \
-  refuses 'Depends: nodejs (>= 20.18)' inside apt-get install -y --no-install-recommends "$OLD"
+roots() {
+  build plain
+  build with-node --with-node
+  local again
+  again=$(COMPRESSION=gzip bash packaging/build.sh "$WORK/again") || exit 1
+  check 'two builds are the same to the byte' cmp "$WORK/plain.deb" "$again"
+  again=$(COMPRESSION=gzip bash packaging/build.sh --with-node "$WORK/again") || exit 1
+  check 'with Node.js too' cmp "$WORK/with-node.deb" "$again"
 
+  check 'a clean trixie with Node.js' clean_root trixie nodejs,init-system-helpers
+  from_start_to_end plain /usr/bin/node with-node
+  for suite in trixie bookworm; do
+    check "a clean $suite" clean_root "$suite" ''
+    check 'it has no Node.js' refuses node inside node --version
+    from_start_to_end with-node /usr/lib/erofs-nbd/runtime/node
+  done
+  check 'of the other flavour, apt says that Node.js is too old in bookworm' \
+    refuses 'Depends: nodejs (>= 20.18)' install_package plain
+  umount -R "$WORK/root"
+}
+
+under_systemd() { # arguments of the test
+  local said
+  said=$(node dist/test/systemd/main.js "$@" | tee /dev/stderr | tail -n 1)
+  local counts
+  counts=$(node -p 'const { passed, failed } = JSON.parse(process.argv[1]); `${passed} ${failed}`' "$said") || counts='0 1'
+  passed=$((passed + ${counts% *})) failed=$((failed + ${counts#* }))
+}
+
+from_npm() {
+  npm run -s build && npm pack --ignore-scripts --silent --pack-destination "$WORK" >/dev/null
+  check 'npm install --global installs what npm pack makes' \
+    npm install --global --prefix "$WORK/prefix" --no-audit --no-fund "$(echo "$WORK"/erofs-nbd-*.tgz)"
+  check 'its commands are there' sh -c "$WORK/prefix/bin/erofs-nbd --version && $WORK/prefix/bin/erofs-nbd-snapshotter --help"
+  check 'and are those of this checkout' test "$("$WORK/prefix/bin/erofs-nbd" --version)" = "$(node dist/cli/main.js --version)"
+  "$WORK/prefix/bin/erofs-nbd-snapshotter" --root "$WORK/npm" --address "$WORK/npm.sock" >"$WORK/daemon" 2>&1 &
+  DAEMON=$!
+  echo "root = \"$WORK/npm\"" >"$WORK/npm.toml"
+  check 'the daemon starts and answers' timeout 60 bash -c \
+    'until "$0/prefix/bin/erofs-nbd" --config "$0/npm.toml" status --json 2>/dev/null | grep -q "{"; do sleep 0.2; done' "$WORK"
+  kill "$DAEMON"
+  wait "$DAEMON"
+  DAEMON=
+  check 'npm removes it' npm uninstall --global --prefix "$WORK/prefix" erofs-nbd
+  check 'nothing is left' test -z "$(find "$WORK/prefix" -path '*erofs-nbd*')"
+}
+
+for part; do
+  case $part in
+    roots) roots ;;
+    systemd)
+      under_systemd --suite bookworm --with-node
+      under_systemd --suite trixie --with-node
+      ;;
+    npm) from_npm ;;
+    *)
+      echo "debian-package.sh: $part: expected roots, systemd or npm" >&2
+      exit 2
+      ;;
+  esac
+done
 echo "{\"passed\":$passed,\"failed\":$failed}"
 [ "$failed" -eq 0 ]

@@ -7,8 +7,17 @@ import path from 'node:path';
 import { execa } from 'execa';
 import { cacheDirectory, checkout } from '../debian/packages.js';
 
-const SUITE = 'trixie';
-const PACKAGES = 'nodejs,init-system-helpers,systemd,containerd,kmod,procps,ca-certificates';
+/** Debian's, which the package is for. */
+export const SUITES = ['trixie', 'bookworm'] as const;
+
+/** What is tried, and where. */
+export interface Flavour {
+  readonly suite: (typeof SUITES)[number];
+  /** The package that brings its own Node.js along, where there is no other one. */
+  readonly withNode: boolean;
+}
+
+const PACKAGES = 'init-system-helpers,systemd,containerd,kmod,procps,ca-certificates';
 /** A version that is higher than every other. */
 export const NEXT_VERSION = '99.0.0';
 
@@ -21,11 +30,13 @@ export interface Prepared {
 }
 
 /** Kept in the cache; the first call downloads about 100 MB. */
-export async function debianRoot(): Promise<string> {
-  const root = path.join(cacheDirectory(), 'roots', `systemd-${SUITE}`);
+export async function debianRoot({ suite, withNode }: Flavour): Promise<string> {
+  const packages = withNode ? PACKAGES : `nodejs,${PACKAGES}`;
+  const name = `systemd-${suite}${withNode ? '-without-node' : ''}`;
+  const root = path.join(cacheDirectory(), 'roots', name);
   const [said, wanted] = [
     await readFile(`${root}.packages`, 'utf8').catch(() => ''),
-    `${SUITE} ${PACKAGES}\n`,
+    `${suite} ${packages}\n`,
   ];
   if (said === wanted) return root;
   const partial = `${root}.${process.pid}`;
@@ -38,7 +49,7 @@ export async function debianRoot(): Promise<string> {
       NODE_OPTIONS: undefined,
       DEBIAN_FRONTEND: 'noninteractive',
     };
-    await execa('debootstrap', ['--variant=minbase', `--include=${PACKAGES}`, SUITE, partial, mirror], {
+    await execa('debootstrap', ['--variant=minbase', `--include=${packages}`, suite, partial, mirror], {
       ...{ stdin: 'ignore', env },
     });
     await rm(path.join(partial, 'var/cache/apt'), { recursive: true });
@@ -52,10 +63,13 @@ export async function debianRoot(): Promise<string> {
 }
 
 /** @param directory an existing one, where the packages are put */
-export async function prepare(directory: string): Promise<Prepared> {
-  const root = await debianRoot();
-  const build = path.join(checkout, 'packaging', 'debian', 'build.sh');
-  const made = await execa('bash', [build, directory], { stdin: 'ignore', cwd: checkout });
+export async function prepare(directory: string, flavour: Flavour): Promise<Prepared> {
+  const root = await debianRoot(flavour);
+  const build = path.join(checkout, 'packaging', 'build.sh');
+  const kind = flavour.withNode ? ['--with-node'] : [];
+  const made = await execa('bash', [build, ...kind, directory], {
+    ...{ stdin: 'ignore', cwd: checkout, env: { COMPRESSION: 'gzip' } },
+  });
   const first = made.stdout.trim().split('\n').at(-1) ?? '';
   const [unpacked, nextPackage] = [path.join(directory, 'next'), path.join(directory, 'next.deb')];
   await rm(unpacked, { recursive: true, force: true });

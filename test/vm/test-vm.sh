@@ -9,7 +9,7 @@
 #                                       does not pass; --whole: all that the command does
 #   test-vm.sh reboot                   the machine is rebooted under containers, and comes up without a registry
 #   test-vm.sh power-cut [--cuts N]     its power is cut while the cache and SQLite are written, 20 times
-#   test-vm.sh systemd                  the Debian package under a systemd that runs there (npm run test:systemd)
+#   test-vm.sh systemd [ARGUMENT...]    the Debian package under a systemd that runs there (npm run test:systemd)
 #   test-vm.sh --trees                  all layers of test/system/trees.test.ts, also the large ones: half an hour and 8 GiB;
 #                                       TREES=small,many: of those named (test/trees/real-layers.ts)
 #
@@ -115,7 +115,7 @@ fi
 case $command in
   crash | conformance) guest=(bash "test/vm/guest/$command.sh" "$@") ;;
   systemd)
-    node dist/test/systemd/main.js --prepare "$PREPARED" || finish prepare
+    node dist/test/systemd/main.js "$@" --prepare "$PREPARED" || finish prepare
     guest=(bash test/vm/guest/systemd.sh "$PREPARED")
     ;;
   crash-full)
