@@ -3,6 +3,7 @@
  * Debian 12 itself has 1.5, which knows nothing of tars.
  */
 import { execFileSync } from 'node:child_process';
+import { mkdir, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { cacheDirectory, checkout } from './debian/packages.js';
 
@@ -22,12 +23,28 @@ export function fetchErofsUtils(): void {
   });
 }
 
+/**
+ * A program of sid's erofs-utils as others run it: by a path.
+ *
+ * @param directory where it is put under its own name; made when it is missing
+ */
+export async function erofsUtilsProgram(name: string, directory: string): Promise<string> {
+  await mkdir(directory, { recursive: true });
+  const file = path.join(directory, name);
+  const command = [LOADER, '--library-path', LIBRARIES, path.join(erofsUtilsRoot, 'usr', 'bin', name)];
+  await writeFile(file, `#!/bin/sh\nexec ${command.map((word) => `'${word}'`).join(' ')} "$@"\n`, {
+    mode: 0o755,
+  });
+  return file;
+}
+
+const LOADER = path.join(erofsUtilsRoot, 'usr', 'lib64', 'ld-linux-x86-64.so.2');
+const LIBRARIES = path.join(erofsUtilsRoot, 'usr', 'lib', 'x86_64-linux-gnu');
+
 function run(program: string, parameters: readonly string[]): string {
-  const loader = path.join(erofsUtilsRoot, 'usr', 'lib64', 'ld-linux-x86-64.so.2');
-  const libraries = path.join(erofsUtilsRoot, 'usr', 'lib', 'x86_64-linux-gnu');
   return execFileSync(
-    loader,
-    ['--library-path', libraries, path.join(erofsUtilsRoot, 'usr', 'bin', program), ...parameters],
+    LOADER,
+    ['--library-path', LIBRARIES, path.join(erofsUtilsRoot, 'usr', 'bin', program), ...parameters],
     {
       stdio: ['ignore', 'pipe', 'pipe'],
       encoding: 'utf8',

@@ -29,7 +29,7 @@ const CONFIGURATION_MAX = 8 * 2 ** 20;
 const OF_TARS =
   /^(containerd\.io\/(uncompressed$|snapshot\/(stargz|nydus|overlaybd|remote)|distribution\.source\.)|io\.containers\.(estargz|zstd-chunked)\.|com\.amazon\.soci\.)/;
 
-const configurationSchema = z.looseObject({
+const configurationSchema = z.object({
   architecture: z.string().max(255),
   os: z.string().max(255),
   variant: z.string().max(255).optional(),
@@ -73,7 +73,9 @@ export interface Conversion {
 /** An image to be converted, and what is known of it. */
 interface Plan {
   readonly manifest: Extract<FetchedManifest, { kind: 'manifest' }> & { readonly body: Buffer };
-  readonly configuration: z.infer<typeof configurationSchema> & Json;
+  readonly configuration: z.infer<typeof configurationSchema>;
+  /** The same as it came: the order of its fields is part of its digest. */
+  readonly rawConfiguration: Json;
   /** The entry of the index, when there is one. */
   readonly entry: Json | undefined;
   readonly platform: Json;
@@ -151,7 +153,7 @@ async function planOf(
     const { config } = document.manifest;
     if (!CONFIG_TYPES.has(essence(config.mediaType)))
       return void (leftOut[document.digest] = `is no image (its configuration is ${config.mediaType})`);
-    const configuration = await readConfiguration(source, document, signal);
+    const { configuration, rawConfiguration } = await readConfiguration(source, document, signal);
     const name = formatPlatform(normalizePlatform(configuration));
     if (configuration.os !== 'linux') return void (leftOut[document.digest] = `is for ${name}`);
     if (wanted.size > 0 && !wanted.has(name))
@@ -161,7 +163,7 @@ async function planOf(
     const platform = isRecord(stated)
       ? stated
       : { architecture, os, ...(variant !== undefined && { variant }) };
-    plans.push({ manifest: document, configuration, entry, platform });
+    plans.push({ manifest: document, configuration, rawConfiguration, entry, platform });
   };
   if (root.kind === 'manifest') {
     await add(root, undefined);
@@ -185,7 +187,7 @@ async function readConfiguration(
   source: ImageSource,
   { digest, manifest }: Extract<FetchedManifest, { kind: 'manifest' }>,
   signal: AbortSignal,
-): Promise<Plan['configuration']> {
+): Promise<Pick<Plan, 'configuration' | 'rawConfiguration'>> {
   const body = await source.document(manifest.config, CONFIGURATION_MAX, signal);
   const { data, error } = configurationSchema.safeParse(parseJson(body.toString('utf8')));
   const what = `manifest ${digest}: its configuration ${manifest.config.digest}`;
@@ -198,11 +200,11 @@ async function readConfiguration(
   const { diff_ids: diffIds } = data.rootfs;
   if (diffIds.length !== manifest.layers.length)
     throw new Failure(`${what} lists ${diffIds.length} layers, the manifest ${manifest.layers.length}`);
-  return data;
+  return { configuration: data, rawConfiguration: jsonOf(body) };
 }
 
 async function convertOne(
-  { manifest, configuration, platform }: Plan,
+  { manifest, configuration, rawConfiguration, platform }: Plan,
   { destination, layers, signal, onLayer }: ImageConversion,
 ): Promise<{ document: StoredDocument; platform: Json; layers: ConvertedLayer[] }> {
   const converted: ConvertedLayer[] = [];
@@ -213,7 +215,7 @@ async function convertOne(
   }
   const features = withErofs(configuration['os.features']);
   const config = jsonDocument(CONFIG_TYPE, {
-    ...configuration,
+    ...rawConfiguration,
     'os.features': features,
     rootfs: { ...configuration.rootfs, diff_ids: converted.map(({ digest }) => digest) },
   });

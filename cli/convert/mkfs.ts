@@ -153,7 +153,12 @@ export async function runMkfs(
     stdio: ['pipe', 'pipe', 'pipe'],
     env: { ...process.env, TMPDIR: temporary },
   });
-  const end = (): void => void child.kill('SIGKILL');
+  const end = (): void => {
+    child.kill('SIGKILL');
+    // What it may have started itself is not waited for.
+    child.stdout.destroy();
+    child.stderr.destroy();
+  };
   signal.addEventListener('abort', end, { once: true });
   let said = '';
   for (const stream of [child.stdout, child.stderr])

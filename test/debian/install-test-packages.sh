@@ -17,6 +17,7 @@ getfattr attr
 curl curl
 openssl openssl
 xz xz-utils
+zstd zstd
 git git
 python3 python3
 '
