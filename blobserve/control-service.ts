@@ -7,6 +7,7 @@ import { VERSION } from '../daemon/version.js';
 import { control } from '../proto/messages.js';
 import { ANSWERED } from '../proto/unary-call.js';
 import { LayerRefusedError } from './data-path.js';
+import type { GarbageCollection } from './garbage.js';
 import { NotIndexableError } from './layer-indexer.js';
 import type { LayerServer } from './layer-server.js';
 import { dataPlaneFamilies } from './metric-families.js';
@@ -28,6 +29,7 @@ export interface ControlOptions {
     platform: string,
   ) => Promise<control.DescribeResponse.$Properties>;
   readonly prefetches: Pick<Prefetches, 'prefetch'>;
+  readonly garbage: Pick<GarbageCollection, 'collect'>;
   /** Credentials that came with pulls. */
   readonly pulls: Pick<PullCredentials, 'take' | 'messages'>;
   readonly backend: 'nbd' | 'fuse';
@@ -189,6 +191,9 @@ export function controlImplementation(options: ControlOptions): grpc.UntypedServ
     prefetch: told('Prefetch', (request: control.PrefetchRequest, tell, signal) =>
       options.prefetches.prefetch(request, tell, signal),
     ),
+    collectGarbage: unary('CollectGarbage', async (request: control.CollectGarbageRequest) => ({
+      garbage: await options.garbage.collect(request),
+    })),
     keepPullCredentials: unary('KeepPullCredentials', (request: control.KeepPullCredentialsRequest) => {
       for (const repository of request.repositories) options.pulls.take(repository);
       return {};

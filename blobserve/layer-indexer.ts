@@ -32,7 +32,7 @@ const CHUNK = 1024 * 1024;
 const CHUNKS_AHEAD = 4;
 const DEFAULT_MAX_ENTRIES = 1_000_000;
 /** Below the directory: indexes that are made to hold published ones against. */
-const CONFIRM = 'confirm';
+export const CONFIRM = 'confirm';
 
 /** A layer that cannot be indexed, since its bytes are not a tar (in gzip) that we understand. */
 export class NotIndexableError extends Error {

@@ -21,6 +21,8 @@ const KINDS: Readonly<Record<LayerKind, control.LayerKind>> = {
 const IMAGES_MAX = 64;
 /** Longest image configuration, in bytes: the limit containerd has for it too. */
 const CONFIGURATION_MAX = 8 * 2 ** 20;
+/** Milliseconds without a question about its next layer after which a pull counts as given up. */
+const PULL_MAX = 600_000;
 
 /** The part of an image configuration that says what its layers unpack to (OCI image-spec, config.md). */
 const configuration = z.object({
@@ -39,8 +41,18 @@ export class LayerLookup {
   /** By reference with digest; a manifest never changes. Failures are not kept. */
   readonly #images = new LRUCache<string, Promise<readonly Source[]>>({ max: IMAGES_MAX });
 
+  /** Of pulls under way: which layers will be asked for, by the manifest. */
+  readonly #pulls = new Map<string, { readonly above: readonly string[]; readonly at: number }>();
+
   constructor(client: RegistryClient) {
     this.#client = client;
+  }
+
+  /** Layers that nobody has asked for yet, of images one of whose layers has been asked for: they are pulled from below. */
+  expected(): ReadonlySet<string> {
+    const since = performance.now() - PULL_MAX;
+    for (const [manifest, { at }] of this.#pulls) if (at < since) this.#pulls.delete(manifest);
+    return new Set([...this.#pulls.values()].flatMap(({ above }) => above));
   }
 
   /**
@@ -71,6 +83,10 @@ export class LayerLookup {
         { ...about, kind: 'invalid' },
       );
     }
+    const above = layers.slice(at + 1).map(({ layerDigest }) => layerDigest ?? '');
+    const manifest = layer.manifestDigest ?? '';
+    if (above.length > 0) this.#pulls.set(manifest, { above, at: performance.now() });
+    else this.#pulls.delete(manifest);
     const below = layers.slice(0, at).map(({ layerDigest }) => layerDigest ?? '');
     return { source: layer.diffId === '' ? { ...layer, diffId } : layer, below };
   }

@@ -6,6 +6,7 @@ import { VERSION } from '../daemon/version.js';
 import { addConvertCommand } from './convert-command.js';
 import { addDoctorCommand } from './doctor.js';
 import { addInspectCommand } from './inspect.js';
+import { addGcCommand } from './gc-command.js';
 import { addIndexCommand } from './index-command.js';
 import { addMountCommand } from './mount-command.js';
 import { addListCommand, addReattachCommand, addUmountCommand } from './mounts-commands.js';
@@ -36,6 +37,7 @@ export function createProgram(): Command {
   addStatusCommand(program);
   addTopCommand(program);
   addReportCommand(program);
+  addGcCommand(program);
   addDoctorCommand(program);
   addInspectCommand(program);
   addReferenceCommands(program);

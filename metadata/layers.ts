@@ -102,6 +102,7 @@ export class LayerStore {
   readonly #user: Database.Statement<[number], { id: number }>;
   readonly #orphans: Database.Statement<[], Wide<LayerColumns>>;
   readonly #usedCount: Database.Statement<[], { layers: number }>;
+  readonly #digests: Database.Statement<[], { digest: string }>;
   readonly #insert: Database.Statement<(string | number | bigint)[]>;
   readonly #setFacts: Database.Statement<(string | number)[]>;
   readonly #insertOther: Database.Statement<[number, string, string, bigint]>;
@@ -123,6 +124,7 @@ export class LayerStore {
     this.#orphans = wide<[], LayerColumns>(
       `${LAYER} WHERE NOT EXISTS (SELECT 1 FROM snapshots WHERE layer_id = layers.id) ORDER BY id`,
     );
+    this.#digests = database.prepare('SELECT digest FROM layers');
     this.#insert = database.prepare(`
       INSERT INTO layers (digest, image_ref, manifest_digest, media_type, size, kind, diff_id, created_ns)
       VALUES (?, ?, ?, ?, ?, ?, ?, ?)`);
@@ -229,6 +231,13 @@ export class LayerStore {
       this.#delete.run(layerId);
       return true;
     });
+  }
+
+  /** Digests of all layers, those included that no snapshot uses. */
+  digests(): string[] {
+    return this.#database.read('list digests of layers', () =>
+      this.#digests.all().map(({ digest }) => digest),
+    );
   }
 
   /** Layers that no snapshot uses: left by a crash, or on their way up or down at this moment. */

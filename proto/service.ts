@@ -120,6 +120,7 @@ export const controlService = {
   list: method(`${C}List`, control.ListRequest, control.ListResponse),
   reading: method(`${C}Reading`, control.ReadingRequest, control.ReadingResponse),
   prefetch: method(`${C}Prefetch`, control.PrefetchRequest, control.PrefetchProgress, true),
+  collectGarbage: method(`${C}CollectGarbage`, control.CollectGarbageRequest, control.CollectGarbageResponse),
   keepPullCredentials: method(
     `${C}KeepPullCredentials`,
     control.KeepPullCredentialsRequest,
@@ -132,4 +133,13 @@ export const controlService = {
   ),
   metrics: method(`${C}Metrics`, control.MetricsRequest, control.MetricsResponse),
   shutdown: method(`${C}Shutdown`, control.ShutdownRequest, control.ShutdownResponse),
+} as const;
+
+/** What the snapshotter answers to the command. */
+export const nodeService = {
+  freeUnused: method(
+    '/erofs_nbd.control.v1.Node/FreeUnused',
+    control.FreeUnusedRequest,
+    control.FreeUnusedResponse,
+  ),
 } as const;

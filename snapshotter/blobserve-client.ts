@@ -61,6 +61,13 @@ export class BlobServeClient {
     return toldCall(this.#client, controlService.prefetch, request, onProgress, signal);
   }
 
+  /** Looks at every file of the cache, which takes as long as it takes. */
+  collectGarbage(
+    request: control.CollectGarbageRequest.$Properties,
+  ): Promise<control.CollectGarbageResponse> {
+    return unaryCall(this.#client, controlService.collectGarbage, request);
+  }
+
   async keepPullCredentials(repositories: control.RepositoryCredentials.$Properties[]): Promise<void> {
     await unaryCall(this.#client, controlService.keepPullCredentials, { repositories }, REPORT_TIMEOUT);
   }

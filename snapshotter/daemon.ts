@@ -17,7 +17,7 @@ import { VERSION } from '../daemon/version.js';
 import { openDatabase, type MetadataDatabase } from '../metadata/database.js';
 import { LayerStore } from '../metadata/layers.js';
 import { SnapshotStore } from '../metadata/snapshots.js';
-import { snapshotsService } from '../proto/service.js';
+import { nodeService, snapshotsService } from '../proto/service.js';
 import type { BlobServeProcess } from './blobserve-process.js';
 import { ContainerdClient } from './containerd-client.js';
 import { CredentialRelay } from './credential-relay.js';
@@ -31,6 +31,7 @@ import { snapshotterFamilies } from './metrics.js';
 import { MetricsServer } from './metrics-server.js';
 import { Mounter } from './mounter.js';
 import { kernelOverlayOptions } from './overlay.js';
+import { nodeImplementation } from './node-service.js';
 import { PluginName } from './plugin-name.js';
 import { snapshotsImplementation } from './service.js';
 import type { DescriptorStore } from './service-manager.js';
@@ -98,6 +99,16 @@ export class Daemon {
     server.addService(
       snapshotsService,
       snapshotsImplementation(snapshotter, new PluginName(this.#layout.root), this.#log),
+    );
+    server.addService(
+      nodeService,
+      nodeImplementation({
+        root: this.#layout.root,
+        snapshotter,
+        layerDigests: () => this.#layers?.digests() ?? [],
+        dataPlane: () => this.#dataPlaneOf(attachments),
+        log: this.#log,
+      }),
     );
     this.#serveImages(server);
     await listen(server, configuration.address);

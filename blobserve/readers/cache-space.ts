@@ -184,6 +184,36 @@ export class CacheSpace implements SpaceKeeper {
     }
   }
 
+  /**
+   * Removes the blobs that nobody has open and that `keeps` does not name, whatever room there is, and what was under way of
+   * others in a process that died.
+   *
+   * @param dryRun only tells what would go
+   * @returns bytes of the disk; none when another process looks after the cache, one that ends
+   * @throws the error of the system call that failed
+   */
+  async collect(
+    keeps: (digest: string) => boolean,
+    dryRun: boolean,
+  ): Promise<{ readonly digest: string; readonly bytes: number; readonly unfinished: boolean }[]> {
+    await mkdir(this.#options.dir, { recursive: true, mode: 0o700 });
+    if (!(await this.#mayRemove())) return [];
+    const inUse = new Set([...this.#stores].map(({ digest }) => digest));
+    const freed = [];
+    for await (const blob of cachedFiles(this.#options.dir)) {
+      const { digest, unfinishedBytes } = blob;
+      if (this.#closed) break;
+      if (!inUse.has(digest) && !keeps(digest)) {
+        const bytes = blob.bytes + blob.materialisedBytes + unfinishedBytes;
+        const gone = dryRun || (await this.#remove(blob, 'collected'));
+        if (gone !== false) freed.push({ digest, bytes, unfinished: false });
+      } else if (unfinishedBytes > 0 && !dryRun && (await this.#removeUnfinished(blob))) {
+        freed.push({ digest, bytes: unfinishedBytes, unfinished: true });
+      }
+    }
+    return freed;
+  }
+
   async close(): Promise<void> {
     this.#closed = true;
     clearInterval(this.#timer);
@@ -300,37 +330,38 @@ export class CacheSpace implements SpaceKeeper {
   }
 
   /** What was under way in a process that died. */
-  async #removeUnfinished({ digest, unfinishedBytes }: CachedFiles): Promise<void> {
+  async #removeUnfinished({ digest, unfinishedBytes }: CachedFiles): Promise<boolean> {
     const { dir, log } = this.#options;
     const [data] = cachePaths(dir, digest);
-    if (!(await removeAbandoned(unfinishedPath(materialisedPath(data))))) return;
+    if (!(await removeAbandoned(unfinishedPath(materialisedPath(data))))) return false;
     if (this.#measure !== undefined) {
       this.#measure.used -= unfinishedBytes;
       this.#measure.free += unfinishedBytes;
       this.#measure.unfinished -= unfinishedBytes;
     }
     log.info({ digest, bytes: unfinishedBytes }, 'removed a materialised layer that was not finished');
+    return true;
   }
 
   async #removeUnused(blobs: readonly CachedFiles[], wanted: number): Promise<number> {
     let freed = 0;
     for (const blob of blobs) {
       if (freed >= wanted || this.#closed) break;
-      freed += await this.#remove(blob, 'least recently used');
+      freed += (await this.#remove(blob, 'least recently used')) || 0;
     }
     return freed;
   }
 
-  /** @returns bytes that are free now */
-  async #remove(blob: CachedFiles, reason: string): Promise<number> {
+  /** @returns bytes that are free now; false: somebody has it open, or it cannot be deleted */
+  async #remove(blob: CachedFiles, reason: string): Promise<number | false> {
     const { digest } = blob;
     const bytes = blob.bytes + blob.materialisedBytes + blob.unfinishedBytes;
     const { dir, log } = this.#options;
     try {
-      if (!(await removeCached(cachePaths(dir, digest)))) return 0;
+      if (!(await removeCached(cachePaths(dir, digest)))) return false;
     } catch (error) {
       log.warn({ digest, err: error }, 'a blob of the cache cannot be deleted');
-      return 0;
+      return false;
     }
     if (this.#measure !== undefined) this.#measure.written -= bytes;
     counted.evicted.bytes += bytes;
