@@ -20,7 +20,12 @@ import { referencesOf, type LayerBlob, type LayerBlobs } from './layer-blobs.js'
 import type { GivenFiles, GivenLayer } from './given-files.js';
 import type { IndexRequest, LayerIndexer } from './layer-indexer.js';
 import { ErofsFormatError, parseSuperBlock, SUPER_BLOCK_READ } from './layer/erofs/super-block.js';
-import type { LayerIndexFiles, LayerIndexRecord } from './layer/index/layer-index.js';
+import {
+  type LayerIndexFiles,
+  type LayerIndexRecord,
+  readMounted,
+  writeMounted,
+} from './layer/index/layer-index.js';
 import type { MaterialisedLayers } from './materialised-layers.js';
 import type { PublishedIndexes } from './published/published-indexes.js';
 import { type BlobReader, ReadError } from './readers/blob-reader.js';
@@ -52,6 +57,9 @@ type Source = control.LayerSource.$Properties;
 
 /** Layers whose indexing is remembered until they are opened. */
 const INDEXED_MAX = 1024;
+
+/** Bytes that a layer's maker may have fetched ahead of its reads. */
+const WANTED_FIRST_MAX = 64 * 2 ** 20;
 
 /** Devices are made of sectors. */
 const SECTOR = 512;
@@ -90,7 +98,7 @@ export class LayerPaths {
     if (given !== undefined) return this.#openGiven(source, given, signal);
     if (source.kind === control.LayerKind.EROFS) return this.#openNative(source, checked, signal);
     if (source.kind === control.LayerKind.TAR || source.kind === control.LayerKind.TAR_GZIP) {
-      return this.#openClassic(source, signal);
+      return this.#openClassic(source, checked, signal);
     }
     throw new LayerRefusedError(
       `layer ${source.layerDigest ?? ''}: ${source.mediaType ?? 'its type'} is not served lazily`,
@@ -224,9 +232,10 @@ export class LayerPaths {
     }
   }
 
-  async #openClassic(source: Source, signal: AbortSignal): Promise<LayerPath> {
+  async #openClassic(source: Source, mounted: boolean, signal: AbortSignal): Promise<LayerPath> {
     const name = `layer ${source.layerDigest ?? ''}`;
     const record = await abortable(this.index(source), signal);
+    await checkMounted(name, this.#options.indexer.files(record.digest), record, mounted);
     const indexing = this.#indexTraffic.get(record.digest);
     this.#indexTraffic.delete(record.digest);
     const files = this.#options.indexer.files(record.digest);
@@ -235,6 +244,7 @@ export class LayerPaths {
       device: whole,
       tar,
       verifiable,
+      wantedFirst,
     } = await openIndexedTar({ name, blob: blob.cache, inflated: this.#inflated }, record, files);
     try {
       // What has just been indexed is here as a whole.
@@ -250,9 +260,12 @@ export class LayerPaths {
           ? Promise.resolve(true)
           : this.#confirmWhenComplete(source, record, tar, blob, path.guard, ended.signal);
       const forget =
-        record.compression === 'gzip'
+        record.compression === 'gzip' && record.chunksDigest === undefined
           ? this.#materialise(record, files, device, blob, confirmed)
           : () => undefined;
+      if (!mounted && wantedFirst > 0 && this.#options.configuration.fetch.readahead > 0) {
+        blob.cache.willNeed(0, Math.min(wantedFirst, WANTED_FIRST_MAX));
+      }
       return {
         ...path,
         close: () => {
@@ -372,6 +385,29 @@ export class LayerPaths {
     const { cache, fetch } = this.#options.configuration;
     return new ReadaheadReader(next, { minWindowBytes: cache.span_size, maxWindowBytes: fetch.readahead });
   }
+}
+
+/**
+ * A kernel that has mounted a layer keeps what it has read of its tarindex: it is never served the data of another one, which
+ * an index that was made again may have.
+ *
+ * @param mounted the layer was mounted before, and may be still
+ * @throws {ReadError} `corrupt`: it was mounted with another one
+ */
+async function checkMounted(
+  name: string,
+  files: LayerIndexFiles,
+  { tarindexDigest }: LayerIndexRecord,
+  mounted: boolean,
+): Promise<void> {
+  if (!mounted) return writeMounted(files, tarindexDigest);
+  const before = await readMounted(files);
+  if (before === undefined || before === tarindexDigest) return;
+  throw new ReadError(
+    'corrupt',
+    `${name}: it is mounted with the index ${before}, which is not here any more; the one made since, ${tarindexDigest}, ` +
+      'has its data elsewhere. Remove the containers and the image, and pull it again',
+  );
 }
 
 /** The kernel trusts a super block; so it is looked at first. */

@@ -2,10 +2,12 @@
  * Makes the index of a classic layer while its blob streams from the registry into the cache: nothing is fetched twice,
  * and an interruption is gone on from the last point that was kept (layer/index/resume-journal.ts).
  */
+import { rm } from 'node:fs/promises';
 import path from 'node:path';
 import { Worker } from 'node:worker_threads';
 import pLimit, { type LimitFunction } from 'p-limit';
 import type { Logger } from '../daemon/log.js';
+import { differenceOf } from './compare-index.js';
 import { endsOnceStarted } from './end-thread.js';
 import {
   clearIndex,
@@ -24,7 +26,6 @@ import { type LayerScanOptions, scanThreadLimits } from './layer/index/layer-sca
 import type { ScanReply, ScanRequest } from './layer/index/scan-thread.js';
 import { counted } from './metrics.js';
 import { type BlobReader, ReadError } from './readers/blob-reader.js';
-import { digestOf } from './readers/digest-of.js';
 
 /** Bytes handed to the scanning thread in one piece. */
 const CHUNK = 1024 * 1024;
@@ -184,35 +185,38 @@ export class LayerIndexer {
   }
 
   /**
-   * Holds an index that others have published against the layer itself, whose bytes are all here: the tarindex against one
-   * made of the layer, the checkpoints by reading all of the tar through them, since their windows are bytes of somebody
-   * else's. From then on it is as good as one made here.
+   * Holds an index that others have published against the layer itself, whose bytes are all here. From then on it is as good
+   * as one made here.
    *
    * @param published what `ensure` answered
-   * @param tar the tar as the published index gives it
+   * @param tar what the published index's device has behind its tarindex
    * @throws {ReadError} `corrupt`: it shows something else than the layer has, and is gone; others: the layer cannot be read
    */
   async confirm(request: IndexRequest, published: LayerIndexRecord, tar: BlobReader): Promise<void> {
     const { digest } = request;
     const { origin, ...record } = published;
     if (origin === undefined) return;
+    const files = this.files(digest);
     const own = indexFiles(path.join(this.#options.directory, CONFIRM), digest);
     await this.#limit(() =>
       this.#alone(digest, own, async () => {
         const blob = await request.open();
         try {
           const made = await new Scanning(request, own, blob.reader, this.#options, true).run();
-          const same = made.tarSize === record.tarSize && made.tarindexDigest === record.tarindexDigest;
-          if (!same || !(await givesTar(tar, made.diffId))) {
-            await refuseIndex(this.files(digest), origin.digest);
-            await clearIndex(this.files(digest));
+          const openBlob = async () => (await request.open()).reader;
+          const ours = { record: made, files: own };
+          const difference = await differenceOf({ record, files }, tar, ours, openBlob);
+          if (difference !== undefined) {
+            await refuseIndex(files, origin.digest);
+            await clearIndex(files);
             throw new ReadError(
               'corrupt',
               `layer ${digest}: the index ${origin.digest} (${origin.kind}) that was published for it shows something else ` +
-                'than the layer has; it is used no more. Look who may push to the repository, remove the image and pull it again',
+                `than the layer has (${difference}); it is used no more. Look who may push to the repository, remove the image ` +
+                'and pull it again',
             );
           }
-          await writeIndexRecord(this.files(digest), record);
+          await writeConfirmed(files, record);
         } finally {
           await blob.reader.close();
           await clearIndex(own);
@@ -265,18 +269,14 @@ export class LayerIndexer {
   }
 }
 
-/**
- * Whether a reader gives the tar of this diff ID.
- *
- * @throws {ReadError} it cannot be read, for another reason than that its index is wrong
- */
-async function givesTar(tar: BlobReader, diffId: string): Promise<boolean> {
-  try {
-    return (await digestOf(tar)) === diffId;
-  } catch (error) {
-    if (error instanceof ReadError && error.kind === 'corrupt') return false;
-    throw error;
-  }
+/** Of a plain tar, that is complete and has the digests of the cache now, no table of chunks is needed any more. */
+async function writeConfirmed(
+  files: LayerIndexFiles,
+  { chunksDigest, ...record }: LayerIndexRecord,
+): Promise<void> {
+  const keepsChunks = record.compression === 'gzip' && chunksDigest !== undefined;
+  await writeIndexRecord(files, keepsChunks ? { ...record, chunksDigest } : record);
+  if (!keepsChunks) await rm(files.chunks, { force: true });
 }
 
 /** Whether the layer's bytes are at fault, not the way to them. */

@@ -4,7 +4,6 @@
  */
 import { readSync } from 'node:fs';
 import { chmod, rm } from 'node:fs/promises';
-import path from 'node:path';
 import process from 'node:process';
 import * as grpc from '@grpc/grpc-js';
 import { Command, Option } from 'commander';
@@ -21,10 +20,9 @@ import { FuseBackend } from './attach/fuse-backend.js';
 import { NbdBackend } from './attach/nbd-backend.js';
 import { controlImplementation } from './control-service.js';
 import { LayerPaths } from './data-path.js';
-import { GarbageCollection } from './garbage.js';
 import { readGivenFiles } from './given-files.js';
 import { LayerBlobs } from './layer-blobs.js';
-import { CONFIRM, LayerIndexer } from './layer-indexer.js';
+import { LayerIndexer } from './layer-indexer.js';
 import { isClassic, LayerLookup } from './layer-lookup.js';
 import { LayerServer } from './layer-server.js';
 import { MaterialisedLayers } from './materialised-layers.js';
@@ -114,9 +112,11 @@ async function main(): Promise<void> {
     // What refers to an image is anchored in nothing that the image's digest covers.
     trust:
       configuration.integrity.verify === 'strict' && index.trust === 'referrers' ? 'pinned' : index.trust,
+    sources: index.sources,
     lookupTimeoutMs: index.lookup_timeout,
     maxBytes: index.max_published,
     maxUncompressedBytes: index.max_uncompressed,
+    maxEntries: index.max_entries,
     log,
   });
   const blobs = new LayerBlobs({
@@ -144,21 +144,12 @@ async function main(): Promise<void> {
     given: given ?? {},
     log,
   });
-  const garbage = new GarbageCollection({
-    indexDirectories: [layout.index, path.join(layout.index, CONFIRM)],
-    space: blobs.space,
-    isOpen: (digest) => blobs.opened(digest).length > 0,
-    expected: () => lookup.expected(),
-    log,
-  });
-  const indexLayer = (source: control.LayerSource.$Properties) =>
-    garbage.using(source.layerDigest ?? '', () => paths.index(source));
   /** The layers of an image are indexed side by side: whoever wants one will want the others next. */
   const indexSiblings = async (source: control.LayerSource.$Properties): Promise<void> => {
     const layers = await lookup.layers(source, '');
     const from = layers.findIndex(({ layerDigest }) => layerDigest === source.layerDigest);
     const classic = layers.slice(from + 1).filter(({ kind }) => isClassic(kind));
-    await Promise.all(classic.map(indexLayer));
+    await Promise.all(classic.map((layer) => paths.index(layer)));
   };
   const server = new LayerServer({
     backend,
@@ -168,14 +159,14 @@ async function main(): Promise<void> {
         // Whoever attaches those layers is told what went wrong with them.
         indexSiblings(source).catch((error: unknown) => log.debug({ err: error }, 'not indexed ahead'));
       }
-      return garbage.using(source.layerDigest ?? '', () => paths.open(source, checked, signal));
+      return paths.open(source, checked, signal);
     },
     log,
   });
   const prefetches = new Prefetches({
     lookup,
     blobs,
-    index: index.build ? indexLayer : undefined,
+    index: index.build ? (source) => paths.index(source) : undefined,
     first: ({ layerDigest, kind }) => {
       const record = server.readingOf(layerDigest ?? '');
       return record === undefined ? [] : recordedOrder(record, kind ?? control.LayerKind.OTHER);
@@ -211,7 +202,6 @@ async function main(): Promise<void> {
       hosts: () => client.hosts(),
       describe: (source, platform) => lookup.describe(source, platform),
       prefetches,
-      garbage,
       pulls,
       backend: options.attach,
       backendReason: options.attachReason,

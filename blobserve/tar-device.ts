@@ -1,14 +1,18 @@
 /**
- * The device of a tar or tar.gz layer: `[tarindex][tar]`, the tar inflated where it is read.
+ * The device of a tar or tar.gz layer: `[tarindex][tar]`, the tar inflated where it is read; or the layer's files in place of
+ * the tar.
  */
+import { readFile } from 'node:fs/promises';
 import { fillUp, GivenIndexError, openTarindex, openZinfo } from './given-index.js';
 import type { GivenLayer } from './given-files.js';
+import { ChunkTable } from './layer/chunks/chunk-table.js';
 import { ErofsFormatError } from './layer/erofs/super-block.js';
 import type { CheckpointIndex } from './layer/gzip/checkpoints.js';
 import { CheckpointError, GzipError } from './layer/gzip/gzip-error.js';
 import { ZwinIndex } from './layer/gzip/zwin.js';
 import type { LayerIndexFiles, LayerIndexRecord } from './layer/index/layer-index.js';
 import type { BlobReader } from './readers/blob-reader.js';
+import { ChunksReader } from './readers/chunks.js';
 import { ConcatReader } from './readers/concat.js';
 import { FileReader } from './readers/file.js';
 import { GunzipReader } from './readers/gunzip.js';
@@ -22,10 +26,12 @@ export class LayerRefusedError extends Error {
 
 export interface TarDevice {
   readonly device: BlobReader;
-  /** The uncompressed tar; a part of the device, which closes it. */
+  /** The uncompressed tar, or the data area in its place; a part of the device, which closes it. */
   readonly tar: BlobReader;
   /** Every span is compared with a digest before it is used. */
   readonly verifiable: boolean;
+  /** Bytes of the blob, from its start, that the layer's maker says are wanted first. */
+  readonly wantedFirst: number;
 }
 
 interface Blob {
@@ -51,7 +57,13 @@ export async function openIndexedTar(
   try {
     let tar = blob;
     let verifiable = false;
-    if (record.compression === 'gzip') {
+    let wantedFirst = 0;
+    if (record.chunksDigest !== undefined) {
+      const table = ChunkTable.parse(await readFile(files.chunks));
+      tar = opened.only(new ChunksReader({ name, next: blob, table, cache: inflated }));
+      ({ wantedFirst } = table);
+      verifiable = true;
+    } else if (record.compression === 'gzip') {
       const sizes = { compressed: record.blobSize, uncompressed: record.tarSize };
       const index = opened.add(await ZwinIndex.open(files.checkpoints, sizes));
       tar = opened.only(gunzip(name, blob, index, inflated));
@@ -59,7 +71,7 @@ export async function openIndexedTar(
     }
     const tarindex = opened.add(await FileReader.open({ path: files.tarindex, size: record.tarindexSize }));
     const padding = record.deviceSize - record.tarindexSize - record.tarSize;
-    return { device: joined(name, tarindex, tar, padding), tar, verifiable };
+    return { device: joined(name, tarindex, tar, padding), tar, verifiable, wantedFirst };
   } catch (error) {
     await opened.close();
     throw error;
@@ -91,7 +103,7 @@ export async function openGivenTar(
       throw new GivenIndexError(`${path}: the layer is compressed, so its zinfo is needed too`);
     }
     const padding = await fillUp(path, tar, tarRoom);
-    return { device: joined(name, tarindex, tar, padding), tar, verifiable: false };
+    return { device: joined(name, tarindex, tar, padding), tar, verifiable: false, wantedFirst: 0 };
   } catch (error) {
     await opened.close();
     const isWrong = [GivenIndexError, ErofsFormatError, CheckpointError, GzipError].some(

@@ -120,6 +120,10 @@ const schema = z.strictObject({
       max_uncompressed: size('64GiB', '1MiB', '8TiB'),
       max_entries: z.int().min(1000).max(4_000_000).default(1_000_000),
       trust: z.enum(['pinned', 'referrers', 'none']).default('referrers'),
+      sources: z
+        .array(z.enum(['erofs-nbd', 'soci', 'estargz']))
+        .refine((kinds) => new Set(kinds).size === kinds.length, 'expected each kind once')
+        .default(['erofs-nbd', 'soci', 'estargz']),
       lookup_timeout: duration('3s', '100ms', '5m'),
       max_published: size('64MiB', '64KiB', '1GiB'),
     })

@@ -19,7 +19,9 @@ function filesOf({ cache, index, digests }: Layout, digest: string): string[] {
   const [algorithm = '', hex = ''] = digest.split(':');
   return [
     ...['data', 'map', 'layer'].map((ending) => path.join(cache, algorithm, `${hex}.${ending}`)),
-    ...['erofs', 'zwin', 'json', 'resume'].map((ending) => path.join(index, algorithm, `${hex}.${ending}`)),
+    ...['erofs', 'zwin', 'chunks', 'json', 'resume'].map((ending) =>
+      path.join(index, algorithm, `${hex}.${ending}`),
+    ),
     path.join(digests, algorithm, hex),
   ];
 }

@@ -76,6 +76,7 @@ function checkRecord({ record, digest, size, diffId, ...limits }: ArtifactImport
   if (record.diffId !== diffId) {
     throw new ArtifactError(`it says the layer unpacks to ${record.diffId}, the image says ${diffId}`);
   }
+  if (record.chunksDigest !== undefined) throw new ArtifactError('it has a table of chunks, not checkpoints');
   if (record.compression !== 'gzip') throw new ArtifactError('it is of a layer that is not compressed');
   if (record.tarSize > limits.maxUncompressedBytes) {
     throw new ArtifactError(

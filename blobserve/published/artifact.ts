@@ -108,6 +108,9 @@ export function decodeConfig(config: Buffer): ReadonlyMap<string, PublishedLayer
   if (!parsed.success) throw new ArtifactError(`its configuration: ${z.prettifyError(parsed.error)}`);
   const layers = new Map<string, PublishedLayer>();
   for (const layer of parsed.data.layers) {
+    if (layer.index.chunksDigest !== undefined) {
+      throw new ArtifactError(`layer ${layer.index.digest} has a table of chunks, which is of a node alone`);
+    }
     if (layer.index.compression !== 'gzip') {
       throw new ArtifactError(
         `layer ${layer.index.digest} is not compressed: it has no digests to check it by`,

@@ -80,7 +80,8 @@ export async function publishIndex(
   );
   for (const [digest, source] of gzip) {
     const index = await options.index(source);
-    if (index.compression === 'gzip') {
+    // One that was made of another's, without checkpoints, is not ours to publish.
+    if (index.compression === 'gzip' && index.checkpointsDigest !== undefined) {
       const files = options.files(digest);
       // Not Node's zlib: the same tarindex gives the same bytes whatever zlib a Node is built with.
       const tarindex = Buffer.from(gzipSync(await readFile(files.tarindex), { level: 9, mtime: 0 }));

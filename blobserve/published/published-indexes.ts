@@ -6,7 +6,13 @@ import { Worker } from 'node:worker_threads';
 import { LRUCache } from 'lru-cache';
 import type { Logger } from '../../daemon/log.js';
 import { endsOnceStarted } from '../end-thread.js';
-import { readRefused, type LayerIndexFiles, type LayerIndexRecord } from '../layer/index/layer-index.js';
+import {
+  clearIndex,
+  readRefused,
+  type LayerIndexFiles,
+  type LayerIndexRecord,
+} from '../layer/index/layer-index.js';
+import type { EstargzThreadData, EstargzThreadReply } from '../layer/estargz/estargz-thread.js';
 import type { ZtocThreadData, ZtocThreadReply } from '../layer/soci/ztoc-thread.js';
 import type { BlobReader } from '../readers/blob-reader.js';
 import type { Descriptor } from '../registry/manifest.js';
@@ -15,11 +21,15 @@ import type { PublishedLayer } from './artifact.js';
 import type { ArtifactImport } from './artifact-import.js';
 import { type ArtifactIndex, findArtifact } from './artifact-indexes.js';
 import type { ArtifactThreadReply } from './artifact-thread.js';
+import { annotatedTocs, readToc } from './estargz-layers.js';
 import type { IndexRegistry } from './index-registry.js';
 import { findSociIndex, type SociIndex } from './soci-indexes.js';
 
 /** Whose index is believed before the layer is here as a whole: one the image names, any that refers to it, or nobody's. */
 export type IndexTrust = 'pinned' | 'referrers' | 'none';
+
+/** Kinds of published indexes: our own, SOCI's, and the tables of contents that eStargz layers have in themselves. */
+export type IndexSource = 'erofs-nbd' | 'soci' | 'estargz';
 
 /** A layer of an image, and where its bytes are. */
 export interface PublishedIndexRequest {
@@ -35,12 +45,15 @@ export interface PublishedIndexRequest {
 export interface PublishedIndexesOptions {
   readonly registry: IndexRegistry;
   readonly trust: IndexTrust;
+  /** Which kinds are used, the first that there is of them. */
+  readonly sources: readonly IndexSource[];
   /** Milliseconds that looking for an image's index may take. */
   readonly lookupTimeoutMs: number;
   /** Longest index of a layer, in bytes: it is held in memory while it is turned into ours. */
   readonly maxBytes: number;
-  /** Most bytes of an uncompressed layer. */
+  /** Most bytes of an uncompressed layer, and most files. */
   readonly maxUncompressedBytes: number;
+  readonly maxEntries: number;
   readonly log: Logger;
 }
 
@@ -50,18 +63,23 @@ type Image = Reference & { readonly digest: string };
 interface Published {
   readonly artifact: ArtifactIndex | undefined;
   readonly soci: SociIndex | undefined;
+  /** Digests of tables of contents that its manifest names, by the digest of the layer. */
+  readonly tocs: ReadonlyMap<string, string>;
 }
 
 /** A layer's index to be made: from what, and how. */
 interface Candidate {
-  readonly kind: 'erofs-nbd' | 'soci';
-  readonly index: { readonly digest: string; readonly pinned: boolean };
-  readonly make: () => Promise<LayerIndexRecord>;
+  readonly kind: IndexSource;
+  /** The digest is not known before it is made where nothing but the layer itself names it. */
+  readonly index: { readonly digest: string | undefined; readonly pinned: boolean };
+  /** The record, with its origin; undefined when there is no such index after all. */
+  readonly make: () => Promise<LayerIndexRecord | undefined>;
 }
 
-type Message = ArtifactThreadReply | ZtocThreadReply;
+type Message = ArtifactThreadReply | ZtocThreadReply | EstargzThreadReply;
 
 const ARTIFACT_THREAD = new URL('./artifact-thread.js', import.meta.url);
+const ESTARGZ_THREAD = new URL('../layer/estargz/estargz-thread.js', import.meta.url);
 const ZTOC_THREAD = new URL('../layer/soci/ztoc-thread.js', import.meta.url);
 
 /** Images whose answer is kept, and for how many milliseconds: an index may be published later. */
@@ -95,16 +113,24 @@ export class PublishedIndexes {
     const image = { ...parseReference(request.imageRef), digest: request.manifestDigest };
     const published = await this.#find(image);
     const refused = await readRefused(files);
+    const lied = 'a published index that lied about the layer before is not used';
     for (const { kind, index, make } of this.#candidates(published, image, request, files, openBlob)) {
       const about = { layer: request.digest, image: request.imageRef, kind, index: index.digest };
-      if (refused.has(index.digest)) {
-        log.warn(about, 'a published index that lied about the layer before is not used');
+      if (index.digest !== undefined && refused.has(index.digest)) {
+        log.warn(about, lied);
         continue;
       }
       try {
         const record = await make();
-        log.info({ ...about, pinned: index.pinned }, 'took a published index');
-        return { ...record, origin: { kind, digest: index.digest } };
+        if (record === undefined) continue;
+        const digest = record.origin?.digest ?? index.digest ?? '';
+        if (refused.has(digest)) {
+          await clearIndex(files);
+          log.warn({ ...about, index: digest }, lied);
+          continue;
+        }
+        log.info({ ...about, index: digest, pinned: index.pinned }, 'took a published index');
+        return { ...record, origin: { kind, digest } };
       } catch (error) {
         log.warn({ ...about, reason: String(error) }, 'a published index cannot be used');
       }
@@ -119,19 +145,19 @@ export class PublishedIndexes {
     files: LayerIndexFiles,
     openBlob: () => Promise<BlobReader>,
   ): Generator<Candidate> {
-    const { artifact, soci } = published ?? {};
-    const layer = artifact?.layers.get(request.digest);
-    if (artifact !== undefined && layer !== undefined) {
-      const make = () => this.#importArtifact(image, layer, request, files);
-      yield { kind: 'erofs-nbd', index: artifact, make };
-    }
-    const ztoc = soci?.ztocs.get(request.digest);
-    if (soci !== undefined && ztoc !== undefined) {
-      yield {
-        kind: 'soci',
-        index: soci,
-        make: () => this.#importZtoc(image, ztoc, request, files, openBlob),
-      };
+    const { artifact, soci, tocs } = published ?? {};
+    for (const kind of this.#options.sources) {
+      const layer = artifact?.layers.get(request.digest);
+      const ztoc = soci?.ztocs.get(request.digest);
+      const toc = tocs?.get(request.digest);
+      if (kind === 'erofs-nbd' && artifact !== undefined && layer !== undefined) {
+        yield { kind, index: artifact, make: () => this.#importArtifact(image, layer, request, files) };
+      } else if (kind === 'soci' && soci !== undefined && ztoc !== undefined) {
+        yield { kind, index: soci, make: () => this.#importZtoc(image, ztoc, request, files, openBlob) };
+      } else if (kind === 'estargz' && (toc !== undefined || this.#options.trust === 'referrers')) {
+        const index = { digest: toc, pinned: toc !== undefined };
+        yield { kind, index, make: () => this.#importEstargz(toc, request, files, openBlob) };
+      }
     }
   }
 
@@ -149,27 +175,43 @@ export class PublishedIndexes {
   }
 
   async #ask(image: Image): Promise<Published> {
-    const { registry, trust, lookupTimeoutMs, log } = this.#options;
+    const { registry, trust, sources, lookupTimeoutMs, log } = this.#options;
     const signal = AbortSignal.timeout(lookupTimeoutMs);
-    const manifest = await registry.fetchManifest(image, { signal });
-    const annotations = (manifest.kind === 'manifest' && manifest.manifest.annotations) || {};
+    const fetched = await registry.fetchManifest(image, { signal });
+    const manifest = fetched.kind === 'manifest' ? fetched.manifest : undefined;
+    const annotations = manifest?.annotations ?? {};
+    const tocs = annotatedTocs(manifest?.layers ?? []);
     const referrers = trust === 'referrers';
-    const failures: Error[] = [];
-    // One kind that cannot be had says nothing of the other.
-    const attempt = <T>(finding: Promise<T | undefined>): Promise<T | undefined> =>
-      finding.catch((error: unknown) => {
-        failures.push(error instanceof Error ? error : new Error(String(error)));
-        const about = { image: formatReference(image), reason: String(error) };
-        if (!signal.aborted) log.warn(about, 'a published index cannot be used');
+    let failed = false;
+    // One kind that cannot be had says nothing of the others.
+    const attempt = async <T>(
+      kind: IndexSource,
+      find: () => Promise<T | undefined>,
+    ): Promise<T | undefined> => {
+      if (!sources.includes(kind)) return undefined;
+      try {
+        return await find();
+      } catch (error) {
+        failed = true;
+        const about = { image: formatReference(image), kind, reason: String(error) };
+        if (signal.aborted) log.debug(about, 'no published index could be looked for');
+        else log.warn(about, 'a published index cannot be used');
         return undefined;
-      });
+      }
+    };
     const [artifact, soci] = await Promise.all([
-      attempt(findArtifact(registry, image, annotations, referrers, signal)),
-      attempt(findSociIndex(registry, image, annotations, referrers, signal)),
+      attempt('erofs-nbd', () => findArtifact(registry, image, annotations, referrers, signal)),
+      attempt('soci', () => findSociIndex(registry, image, annotations, referrers, signal)),
     ]);
-    const [failure] = failures;
-    if (artifact === undefined && soci === undefined && failure !== undefined) throw failure;
-    return { artifact, soci };
+    if (failed && artifact === undefined && soci === undefined) this.#keepShortly(image);
+    return { artifact, soci, tocs };
+  }
+
+  /** Has a registry that could not be asked be asked again soon. */
+  #keepShortly(image: Image): void {
+    const key = formatReference(image);
+    const answer = this.#images.get(key);
+    if (answer !== undefined) this.#images.set(key, answer, { ttl: FAILED_KEPT_MS });
   }
 
   async #importArtifact(
@@ -219,6 +261,29 @@ export class PublishedIndexes {
     return runThread(ZTOC_THREAD, data, (range) => readRange(openBlob, range));
   }
 
+  async #importEstargz(
+    tocDigest: string | undefined,
+    { digest, size, diffId }: PublishedIndexRequest,
+    files: LayerIndexFiles,
+    openBlob: () => Promise<BlobReader>,
+  ): Promise<LayerIndexRecord | undefined> {
+    const { maxBytes, maxUncompressedBytes, maxEntries } = this.#options;
+    const toc = await readToc(openBlob, maxBytes);
+    if (toc === undefined) {
+      if (tocDigest === undefined) return undefined;
+      throw new Error(`the image names the table of contents ${tocDigest}, and the layer has no footer`);
+    }
+    const data: EstargzThreadData = {
+      member: toc.bytes,
+      tocStart: toc.start,
+      tocEnd: toc.end,
+      ...{ files, digest, size, diffId, tocDigest, maxUncompressedBytes, maxEntries },
+      // Names and numbers, as JSON: gzip makes a fifth of it, or less.
+      maxTocBytes: 4 * maxBytes,
+    };
+    return runThread(ESTARGZ_THREAD, data);
+  }
+
   #fetch(image: Image, blob: { readonly digest: string; readonly size: number }): Promise<Buffer> {
     const { registry, maxBytes } = this.#options;
     if (blob.size > maxBytes) {
@@ -231,7 +296,7 @@ export class PublishedIndexes {
 /** Runs one of the threads that make an index, and gives it what it asks for of the layer. */
 async function runThread(
   program: URL,
-  workerData: ArtifactImport | ZtocThreadData,
+  workerData: ArtifactImport | ZtocThreadData | EstargzThreadData,
   read?: (range: { readonly start: number; readonly end: number }) => Promise<Buffer>,
 ): Promise<LayerIndexRecord> {
   const worker = new Worker(program, { workerData });

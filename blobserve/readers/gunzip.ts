@@ -6,7 +6,6 @@
  *
  * Where the index has span digests, no byte of a span is inflated before the whole of it has been verified.
  */
-import { createHash } from 'node:crypto';
 import { Mutex } from 'async-mutex';
 import type { CheckpointIndex } from '../layer/gzip/checkpoints.js';
 import { CheckpointError, GzipError } from '../layer/gzip/gzip-error.js';
@@ -14,14 +13,13 @@ import { openRawInflater } from '../layer/gzip/raw-inflater.js';
 import { counted } from '../metrics.js';
 import { SpanDecoder } from '../layer/gzip/span-decoder.js';
 import { type BlobReader, checkRange, ReadError } from './blob-reader.js';
+import { digestInSlices } from './digest-in-slices.js';
 import type { InflatedCache } from './inflated-cache.js';
 
 /** What is inflated, and kept, in one piece: about a millisecond of work on another thread. */
 const PIECE_SIZE = 512 * 1024;
 /** A compressed span is held in memory as a whole. */
 const MAX_COMPRESSED_SPAN = 64 * 1024 * 1024;
-/** What is hashed before the event loop gets its turn: a fraction of a millisecond. */
-const HASH_SLICE = 128 * 1024;
 
 export interface GunzipReaderOptions {
   /** What the compressed blob is, for messages: `blob sha256:…`. */
@@ -222,16 +220,11 @@ export class GunzipReader implements BlobReader {
     }
   }
 
-  /** Compares a span with its digest, in slices so that other reads are served in between. */
+  /** Compares a span with its digest. */
   async #verify(span: number, compressed: Buffer): Promise<void> {
     const wanted = this.#index.spanDigests?.subarray(span * 32, span * 32 + 32);
     if (!wanted) return;
-    const hash = createHash('sha256');
-    for (let at = 0; at < compressed.length; at += HASH_SLICE) {
-      if (at > 0) await new Promise((resolve) => setImmediate(resolve));
-      hash.update(compressed.subarray(at, at + HASH_SLICE));
-    }
-    const digest = hash.digest();
+    const digest = await digestInSlices(compressed);
     if (digest.equals(wanted)) return;
     counted.verificationFailures.add('span digest');
     const { start, end } = this.#index.table.compressedSpan(span);

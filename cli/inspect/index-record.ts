@@ -25,6 +25,8 @@ export async function inspectRecord(file: InspectedFile): Promise<Inspection | u
     record: file.name,
     tarindex: `${base}.erofs`,
     checkpoints: `${base}.zwin`,
+    chunks: `${base}.chunks`,
+    mounted: `${base}.mounted`,
     refused: `${base}.refused`,
     journal: `${base}.resume`,
   };
@@ -41,6 +43,7 @@ export async function inspectRecord(file: InspectedFile): Promise<Inspection | u
       tarindexBytes: record.tarindexSize,
       tarindexDigest: record.tarindexDigest,
       checkpointsDigest: record.checkpointsDigest ?? null,
+      chunksDigest: record.chunksDigest ?? null,
       deviceBytes: record.deviceSize,
       filesChecked: true,
     },

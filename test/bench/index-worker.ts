@@ -13,7 +13,9 @@ const Job = z.object({
   files: z.object({
     tarindex: z.string(),
     checkpoints: z.string(),
+    chunks: z.string(),
     record: z.string(),
+    mounted: z.string(),
     refused: z.string(),
     journal: z.string(),
   }),

@@ -3,7 +3,9 @@
  *
  *     <hex>.erofs   the tarindex: an EROFS image of metadata only, whose files' data is in the tar
  *     <hex>.zwin    checkpoints into the gzip stream; absent for a plain tar
+ *     <hex>.chunks  in place of them, where the data's pieces are in the blob (chunks/chunk-table.ts)
  *     <hex>.json    what the two belong to; written last, so an index exists when this file does
+ *     <hex>.mounted digest of the tarindex that a kernel was given last
  *     <hex>.refused digests of published indexes that turned out to lie about the layer, a line each
  *     <hex>.resume  while the index is being made: what an interruption is gone on from (resume-journal.ts)
  */
@@ -32,18 +34,20 @@ export const layerIndexSchema = z
     compression: z.enum(['gzip', 'none']),
     /** Bytes of the blob. */
     blobSize: z.int().min(0),
-    /** Bytes of the tar. */
+    /** Bytes of the tar; of a gzip layer with a table of chunks: of the data area that takes its place on the device. */
     tarSize: z.int().min(0),
     /** Bytes of the tarindex, a multiple of 512, and its digest. */
     tarindexSize: z.int().min(BLOCK).multipleOf(BLOCK),
     tarindexDigest: z.string().regex(DIGEST),
     /** Digest of the file with the checkpoints, which a plain tar does not have. */
     checkpointsDigest: z.string().regex(DIGEST).optional(),
+    /** Digest of the file with the table of chunks, when what is read is found and verified by one. */
+    chunksDigest: z.string().regex(DIGEST).optional(),
     /** Bytes of the device: tarindex, tar, and zeros up to a whole block. */
     deviceSize: z.int().min(BLOCK),
     /** Whose index it was made from, by the digest of what was published; absent: made here, from the layer itself. */
     origin: z
-      .strictObject({ kind: z.enum(['erofs-nbd', 'soci']), digest: z.string().regex(DIGEST) })
+      .strictObject({ kind: z.enum(['erofs-nbd', 'soci', 'estargz']), digest: z.string().regex(DIGEST) })
       .optional(),
   })
   .refine(
@@ -52,8 +56,11 @@ export const layerIndexSchema = z
     'the sizes contradict each other',
   )
   .refine(
-    ({ compression, checkpointsDigest }) => (compression === 'gzip') === (checkpointsDigest !== undefined),
-    'gzip needs checkpoints, and a plain tar has none',
+    ({ compression, checkpointsDigest, chunksDigest }) =>
+      compression === 'gzip'
+        ? (checkpointsDigest === undefined) !== (chunksDigest === undefined)
+        : checkpointsDigest === undefined,
+    'gzip needs checkpoints or chunks, and a plain tar has no checkpoints',
   )
   .refine(
     ({ compression, ...record }) =>
@@ -72,7 +79,10 @@ export class LayerIndexError extends Error {
 export interface LayerIndexFiles {
   readonly tarindex: string;
   readonly checkpoints: string;
+  readonly chunks: string;
   readonly record: string;
+  /** Which tarindex the kernel has, so that it is never served another one's data. */
+  readonly mounted: string;
   /** Published indexes that are not to be used. */
   readonly refused: string;
   /** What an interrupted indexing goes on from; gone when the record is there. */
@@ -89,7 +99,9 @@ export function indexFiles(directory: string, digest: string): LayerIndexFiles {
   return {
     tarindex: `${base}.erofs`,
     checkpoints: `${base}.zwin`,
+    chunks: `${base}.chunks`,
     record: `${base}.json`,
+    mounted: `${base}.mounted`,
     refused: `${base}.refused`,
     journal: `${base}.resume`,
   };
@@ -120,7 +132,7 @@ export async function writeIndexFile(file: string, bytes: Uint8Array): Promise<v
 /** Says that the other files are there and belong together. They are on disk before this is. */
 export async function writeIndexRecord(files: LayerIndexFiles, record: LayerIndexRecord): Promise<void> {
   await sync(files.tarindex);
-  // The checkpoints are synchronised by who wrote them (gzip/zwin.ts).
+  // The others are synchronised by who wrote them.
   await writeIndexFile(files.record, Buffer.from(`${JSON.stringify(record, null, 1)}\n`));
   await sync(path.dirname(files.record));
 }
@@ -160,6 +172,7 @@ export async function readIndexRecord(
   }
   await checkFile(files.tarindex, record.tarindexDigest, record.tarindexSize);
   if (record.checkpointsDigest !== undefined) await checkFile(files.checkpoints, record.checkpointsDigest);
+  if (record.chunksDigest !== undefined) await checkFile(files.chunks, record.chunksDigest);
   return record;
 }
 
@@ -206,10 +219,26 @@ export async function refuseIndex(files: LayerIndexFiles, digest: string): Promi
   await writeIndexFile(files.refused, Buffer.from(`${refused.join('\n')}\n`));
 }
 
+/** Digest of the tarindex that a kernel was given last; undefined when nobody has written it down. */
+export async function readMounted(files: LayerIndexFiles): Promise<string | undefined> {
+  try {
+    return (await readFile(files.mounted, 'utf8')).trim();
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
+    throw error;
+  }
+}
+
+/** Writes it down, before a kernel is given it. */
+export async function writeMounted(files: LayerIndexFiles, tarindexDigest: string): Promise<void> {
+  if ((await readMounted(files)) === tarindexDigest) return;
+  await writeIndexFile(files.mounted, Buffer.from(`${tarindexDigest}\n`));
+}
+
 /** Makes room for a new index. */
 export async function clearIndex(files: LayerIndexFiles): Promise<void> {
   await mkdir(path.dirname(files.record), { recursive: true, mode: 0o700 });
-  for (const file of [files.record, files.tarindex, files.checkpoints, files.journal]) {
+  for (const file of [files.record, files.tarindex, files.checkpoints, files.chunks, files.journal]) {
     await rm(file, { force: true });
     await rm(`${file}.partial`, { force: true });
   }

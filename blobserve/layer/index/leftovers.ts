@@ -5,9 +5,10 @@
 import { readdir, rm, stat } from 'node:fs/promises';
 import path from 'node:path';
 
-const UNFINISHED = /^([0-9a-f]{64})\.(?:resume|lock|(?:erofs|zwin|json|refused|resume)\.partial)$/;
+const UNFINISHED =
+  /^([0-9a-f]{64})\.(?:resume|lock|(?:erofs|zwin|chunks|json|mounted|refused|resume)\.partial)$/;
 /** Parts of an index, if there is a record beside them. */
-const PART = /^([0-9a-f]{64})\.(?:erofs|zwin)$/;
+const PART = /^([0-9a-f]{64})\.(?:erofs|zwin|chunks)$/;
 
 /** An indexing writes to one of its files more often than this, in any process: what is younger may be in use. */
 const YOUNGEST_MS = 3_600_000;

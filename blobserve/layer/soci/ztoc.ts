@@ -5,6 +5,7 @@
  * Source: soci-snapshotter, ztoc/fbs/ztoc.fbs (flatbuffers), ztoc/toc_builder.go (what the fields hold: Go's archive/tar
  * header, pax records included) and ztoc/ztoc_marshaler.go (a list of files to prefetch may follow the table).
  */
+import { parseRfc3339 } from '../rfc3339.js';
 import type { EntryType, TarEntry } from '../tar/entry.js';
 import { PaxRecords } from '../tar/pax.js';
 import { TarError } from '../tar/tar-error.js';
@@ -50,8 +51,6 @@ const PATH_MAX = 4096;
 const VALUE_MAX = 65_536;
 const BLOCK = 512;
 const UINT32_MAX = 2 ** 32 - 1;
-/** Seconds: years 0 to 9999, which is what RFC 3339 can say. */
-const TIME = /^(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)$/;
 
 export interface ZtocLimits {
   /** Bytes of names, links, xattrs and checkpoints that are read out of the table. */
@@ -203,27 +202,7 @@ function paxRecords(file: FlatTable, offset: number, index: number): PaxRecords 
 /** RFC 3339 with nanoseconds, as Go writes a time. */
 function modificationTime(file: FlatTable, index: number): { seconds: number; nanoseconds: number } {
   const said = text(file.bytes(FILE.modTime), 64, `time of entry ${index}`);
-  const match = TIME.exec(said);
-  if (match === null) throw new ZtocError(`entry ${index}: ${JSON.stringify(said)} is no RFC 3339 time`);
-  const [year, month, day, hour, minute, second] = match.slice(1, 7).map(Number) as [
-    number,
-    number,
-    number,
-    number,
-    number,
-    number,
-  ];
-  const zone = match[8] ?? 'Z';
-  const date = new Date(0);
-  // Not Date.UTC, which takes the years 0 to 99 for 1900 to 1999.
-  date.setUTCFullYear(year, month - 1, day);
-  date.setUTCHours(hour, minute, second);
-  const offsetMinutes =
-    zone === 'Z'
-      ? 0
-      : (zone.startsWith('-') ? -1 : 1) * (Number(zone.slice(1, 3)) * 60 + Number(zone.slice(4)));
-  return {
-    seconds: date.getTime() / 1000 - offsetMinutes * 60,
-    nanoseconds: Number((match[7] ?? '').padEnd(9, '0')),
-  };
+  const time = parseRfc3339(said);
+  if (time === undefined) throw new ZtocError(`entry ${index}: ${JSON.stringify(said)} is no RFC 3339 time`);
+  return time;
 }
