@@ -4,6 +4,7 @@
  */
 import { readSync } from 'node:fs';
 import { chmod, rm } from 'node:fs/promises';
+import path from 'node:path';
 import process from 'node:process';
 import * as grpc from '@grpc/grpc-js';
 import { Command, Option } from 'commander';
@@ -20,9 +21,10 @@ import { FuseBackend } from './attach/fuse-backend.js';
 import { NbdBackend } from './attach/nbd-backend.js';
 import { controlImplementation } from './control-service.js';
 import { LayerPaths } from './data-path.js';
+import { GarbageCollection } from './garbage.js';
 import { readGivenFiles } from './given-files.js';
 import { LayerBlobs } from './layer-blobs.js';
-import { LayerIndexer } from './layer-indexer.js';
+import { CONFIRM, LayerIndexer } from './layer-indexer.js';
 import { isClassic, LayerLookup } from './layer-lookup.js';
 import { LayerServer } from './layer-server.js';
 import { MaterialisedLayers } from './materialised-layers.js';
@@ -144,12 +146,21 @@ async function main(): Promise<void> {
     given: given ?? {},
     log,
   });
+  const garbage = new GarbageCollection({
+    indexDirectories: [layout.index, path.join(layout.index, CONFIRM)],
+    space: blobs.space,
+    isOpen: (digest) => blobs.opened(digest).length > 0,
+    expected: () => lookup.expected(),
+    log,
+  });
+  const indexLayer = (source: control.LayerSource.$Properties) =>
+    garbage.using(source.layerDigest ?? '', () => paths.index(source));
   /** The layers of an image are indexed side by side: whoever wants one will want the others next. */
   const indexSiblings = async (source: control.LayerSource.$Properties): Promise<void> => {
     const layers = await lookup.layers(source, '');
     const from = layers.findIndex(({ layerDigest }) => layerDigest === source.layerDigest);
     const classic = layers.slice(from + 1).filter(({ kind }) => isClassic(kind));
-    await Promise.all(classic.map((layer) => paths.index(layer)));
+    await Promise.all(classic.map(indexLayer));
   };
   const server = new LayerServer({
     backend,
@@ -159,14 +170,14 @@ async function main(): Promise<void> {
         // Whoever attaches those layers is told what went wrong with them.
         indexSiblings(source).catch((error: unknown) => log.debug({ err: error }, 'not indexed ahead'));
       }
-      return paths.open(source, checked, signal);
+      return garbage.using(source.layerDigest ?? '', () => paths.open(source, checked, signal));
     },
     log,
   });
   const prefetches = new Prefetches({
     lookup,
     blobs,
-    index: index.build ? (source) => paths.index(source) : undefined,
+    index: index.build ? indexLayer : undefined,
     first: ({ layerDigest, kind }) => {
       const record = server.readingOf(layerDigest ?? '');
       return record === undefined ? [] : recordedOrder(record, kind ?? control.LayerKind.OTHER);
@@ -202,6 +213,7 @@ async function main(): Promise<void> {
       hosts: () => client.hosts(),
       describe: (source, platform) => lookup.describe(source, platform),
       prefetches,
+      garbage,
       pulls,
       backend: options.attach,
       backendReason: options.attachReason,
