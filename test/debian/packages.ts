@@ -154,3 +154,10 @@ export async function sociProgram(): Promise<string> {
   await fetchPackages('sid', directory, ['soci-snapshotter']);
   return path.join(directory, 'usr', 'bin', 'soci');
 }
+
+/** stargz-snapshotter's own program `ctr-remote`, which makes eStargz layers, of Debian sid. */
+export async function ctrRemoteProgram(): Promise<string> {
+  const directory = path.join(cacheDirectory(), 'roots', 'stargz-sid');
+  await fetchPackages('sid', directory, ['stargz-snapshotter']);
+  return path.join(directory, 'usr', 'bin', 'ctr-remote');
+}
