@@ -19,6 +19,7 @@ import { ReadError, type ReadErrorKind } from './readers/blob-reader.js';
 import type { FetchUrgency } from './readers/fetch-slots.js';
 import type { ReadingRecord } from './readers/reading-record.js';
 import { RegistryError, type RegistryFailure } from './registry/registry-error.js';
+import type { Verifications } from './verification.js';
 
 export interface ControlOptions {
   readonly server: LayerServer;
@@ -29,6 +30,7 @@ export interface ControlOptions {
     platform: string,
   ) => Promise<control.DescribeResponse.$Properties>;
   readonly prefetches: Pick<Prefetches, 'prefetch'>;
+  readonly verifications: Pick<Verifications, 'verify'>;
   readonly garbage: Pick<GarbageCollection, 'collect'>;
   /** Credentials that came with pulls. */
   readonly pulls: Pick<PullCredentials, 'take' | 'messages'>;
@@ -190,6 +192,9 @@ export function controlImplementation(options: ControlOptions): grpc.UntypedServ
     }),
     prefetch: told('Prefetch', (request: control.PrefetchRequest, tell, signal) =>
       options.prefetches.prefetch(request, tell, signal),
+    ),
+    verify: told('Verify', (request: control.VerifyRequest, tell, signal) =>
+      options.verifications.verify(request, tell, signal),
     ),
     collectGarbage: unary('CollectGarbage', async (request: control.CollectGarbageRequest) => ({
       garbage: await options.garbage.collect(request),

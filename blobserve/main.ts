@@ -31,6 +31,7 @@ import { MaterialisedLayers } from './materialised-layers.js';
 import { Prefetches } from './prefetch.js';
 import { recordedOrder } from './prefetch-order.js';
 import { PublishedIndexes } from './published/published-indexes.js';
+import { Verifications } from './verification.js';
 import { openRegistryClient } from './open-registry-client.js';
 import { PullCredentials } from './registry/pull-credentials.js';
 
@@ -185,6 +186,15 @@ async function main(): Promise<void> {
     rangeBytes: configuration.fetch.max_range,
     log,
   });
+  const verifications = new Verifications({
+    lookup,
+    blobs,
+    indexer,
+    materialised,
+    using: (digest, work) => garbage.using(digest, work),
+    cacheDirectory: layout.cache,
+    log,
+  });
   const controlServer = new grpc.Server({ 'grpc.max_receive_message_length': 4 * 2 ** 20 });
 
   let stopping = false;
@@ -197,8 +207,7 @@ async function main(): Promise<void> {
     setTimeout(leave, STOP_TIMEOUT).unref();
     // In order, so that the answer to a Shutdown still leaves; calls that wait for a registry are not waited for.
     controlServer.tryShutdown(() => undefined);
-    prefetches
-      .close()
+    Promise.all([prefetches.close(), verifications.close()])
       .then(() => server.close())
       .then(() => blobs.close())
       .then(() => client.close())
@@ -213,6 +222,7 @@ async function main(): Promise<void> {
       hosts: () => client.hosts(),
       describe: (source, platform) => lookup.describe(source, platform),
       prefetches,
+      verifications,
       garbage,
       pulls,
       backend: options.attach,

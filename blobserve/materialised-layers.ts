@@ -108,6 +108,35 @@ export class MaterialisedLayers implements MaterialisedKeeper {
     };
   }
 
+  /**
+   * Reads all of what a layer was unpacked to, and compares it with its digests.
+   *
+   * @param keep also when it is wrong; otherwise it is deleted, and reads go on through the blob
+   * @returns undefined when there is none
+   */
+  async verify(
+    record: LayerIndexRecord,
+    tarindex: string,
+    keep: boolean,
+    signal: AbortSignal,
+  ): Promise<{ readonly bytes: number; readonly problem?: string } | undefined> {
+    const file = this.#file(record.digest);
+    const there = await stat(file).catch(() => undefined);
+    if (there === undefined) return undefined;
+    const [blob] = cachePaths(this.#options.cacheDirectory, record.digest);
+    try {
+      await this.#run({ record, blob, tarindex, file, task: 'check' }, signal);
+      return { bytes: there.size };
+    } catch (error) {
+      signal.throwIfAborted();
+      // It may have gone to make room.
+      if ((await stat(file).catch(() => undefined)) === undefined) return undefined;
+      counted.materialised.add('failed');
+      if (!keep) await this.#remove(record.digest);
+      return { bytes: there.size, problem: (error as Error).message };
+    }
+  }
+
   async shrink(blobs: readonly CachedFiles[], wanted: number): Promise<number> {
     if (this.#making !== undefined) {
       this.#making.controller.abort();

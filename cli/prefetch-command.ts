@@ -6,19 +6,16 @@
  */
 import process from 'node:process';
 import type { Command } from 'commander';
-import { machinePlatform, formatPlatform, type Platform } from '../blobserve/registry/platform.js';
-import { ManifestError } from '../blobserve/registry/manifest.js';
+import type { Platform } from '../blobserve/registry/platform.js';
 import { formatReference } from '../blobserve/registry/reference.js';
 import { control } from '../proto/messages.js';
-import { CallError } from '../proto/unary-call.js';
-import { ContainerdClient } from '../snapshotter/containerd-client.js';
 import { withContainerdOptions, type ContainerdOptions } from './containerd-options.js';
 import { imageArgument } from './image-argument.js';
+import { knownManifest } from './known-manifest.js';
 import { askDataPlane, nodeConfiguration, withNodeOptions, type NodeOptions } from './node.js';
-import { platformOption } from './platform-option.js';
+import { platformOption, platformText } from './platform-option.js';
 import { openPrefetchProgress } from './prefetch-progress.js';
 import { formatSize } from './quantities.js';
-import { storedManifest } from './report/image-layers.js';
 import { LAYER_KINDS } from './status-report.js';
 import { interruptible, print } from './terminal.js';
 
@@ -27,9 +24,6 @@ interface PrefetchCommandLine extends NodeOptions, ContainerdOptions {
   readonly quiet?: true;
   readonly json?: true;
 }
-
-/** Milliseconds that containerd may take to say what it knows of an image. */
-const CONTAINERD_TIMEOUT = 10_000;
 
 export function addPrefetchCommand(program: Command): void {
   const command = program
@@ -93,30 +87,4 @@ function layerResult(given: control.PrefetchedLayer.$Properties) {
     /** False: it is not served lazily, and containerd downloads it when the image is pulled. */
     here: state === control.PrefetchState.PREFETCH_DONE,
   };
-}
-
-/** Empty: that of this machine, as the daemons say it among themselves. */
-function platformText(platform: Platform): string {
-  const text = formatPlatform(platform);
-  return text === formatPlatform(machinePlatform()) ? '' : text;
-}
-
-/** Digest of the manifest that containerd has of the image; empty when it does not know it, or is not there. */
-async function knownManifest(
-  name: string,
-  address: string,
-  { namespace, platform }: PrefetchCommandLine,
-): Promise<string> {
-  const containerd = new ContainerdClient(address);
-  const context = { namespace, deadline: Date.now() + CONTAINERD_TIMEOUT };
-  try {
-    const [image] = await containerd.listImages(context, `name==${JSON.stringify(name)}`);
-    return image === undefined ? '' : (await storedManifest(containerd, context, image, platform)).digest;
-  } catch (error) {
-    // The registry is asked then.
-    if (!(error instanceof CallError) && !(error instanceof ManifestError)) throw error;
-    return '';
-  } finally {
-    containerd.close();
-  }
 }

@@ -15,6 +15,7 @@ import { addReportCommand } from './report-command.js';
 import { addReferenceCommands } from './reference-commands.js';
 import { addStatusCommand } from './status.js';
 import { addTopCommand } from './top.js';
+import { addVerifyCommand } from './verify-command.js';
 import { addPullCommand } from './pull-command.js';
 
 /** Errors are thrown (CommanderError), not printed: `main.ts` says them in the form that is wanted. */
@@ -38,6 +39,7 @@ export function createProgram(): Command {
   addTopCommand(program);
   addReportCommand(program);
   addGcCommand(program);
+  addVerifyCommand(program);
   addDoctorCommand(program);
   addInspectCommand(program);
   addReferenceCommands(program);

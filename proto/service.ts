@@ -120,6 +120,7 @@ export const controlService = {
   list: method(`${C}List`, control.ListRequest, control.ListResponse),
   reading: method(`${C}Reading`, control.ReadingRequest, control.ReadingResponse),
   prefetch: method(`${C}Prefetch`, control.PrefetchRequest, control.PrefetchProgress, true),
+  verify: method(`${C}Verify`, control.VerifyRequest, control.VerifyProgress, true),
   collectGarbage: method(`${C}CollectGarbage`, control.CollectGarbageRequest, control.CollectGarbageResponse),
   keepPullCredentials: method(
     `${C}KeepPullCredentials`,

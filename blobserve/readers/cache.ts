@@ -62,6 +62,15 @@ export interface CacheStatistics {
   damagedSpans: number;
 }
 
+/** A span that is on the disk; its place in the blob as a half-open range of bytes. */
+export interface MarkedSpan {
+  readonly span: number;
+  readonly start: number;
+  readonly end: number;
+  /** That its bytes had when they were written. */
+  readonly crc: number;
+}
+
 /** Somebody who waits until the whole blob is cached. */
 interface Completion {
   resolve: () => void;
@@ -228,6 +237,18 @@ export class CacheReader implements BlobReader {
   async settled(): Promise<void> {
     await this.#requests.settled();
     await this.#store.settled();
+  }
+
+  /** Spans that are on the disk and marked, in order. */
+  marked(): MarkedSpan[] {
+    const spans: MarkedSpan[] = [];
+    for (let span = 0; span < this.#store.spanCount; span++) {
+      const crc = this.#store.markedCrc(span);
+      if (crc === undefined) continue;
+      const start = span * this.#spanSize;
+      spans.push({ span, start, end: start + this.#store.spanLength(span), crc });
+    }
+    return spans;
   }
 
   /** Trusts nothing of what is in the file any more, or on its way to it: the whole blob turned out to be another one. */
