@@ -17,6 +17,7 @@ import { bytesSource, ZinfoIndex } from '../blobserve/layer/gzip/zinfo.js';
 import { Ztoc } from '../blobserve/layer/soci/ztoc.js';
 import { TarScanner } from '../blobserve/layer/tar/scanner.js';
 import { LayerTreeBuilder } from '../blobserve/layer/tar/tree-builder.js';
+import { openIndexedTar } from '../blobserve/tar-device.js';
 import { FileReader } from '../blobserve/readers/file.js';
 import { GunzipReader } from '../blobserve/readers/gunzip.js';
 import { InflatedCache } from '../blobserve/readers/inflated-cache.js';
@@ -24,6 +25,7 @@ import { blobPath } from './image/layer-blob.js';
 import type { TarEntry } from '../blobserve/layer/tar/entry.js';
 import type { Image } from './image/oci-layout.js';
 import { buildTinyImage } from './image/tiny-image.js';
+import { MemoryBlob } from './memory-blob.js';
 import { Soci } from './stack/soci.js';
 import { Stack } from './stack/stack.js';
 
@@ -59,18 +61,27 @@ function scan(tar: Buffer): TarEntry[] {
 describe('a ztoc that soci made', () => {
   let stack: Stack;
   let image: Image;
+  /** The same files in layers that are not compressed. */
+  let plain: Image;
   /** By digest of the layer. */
   const ztocs = new Map<string, Buffer>();
 
   beforeAll(async () => {
     stack = await Stack.create();
     image = await buildTinyImage({ format: 'tar+gzip' });
+    plain = await buildTinyImage({ format: 'tar' });
     const registry = await stack.startRegistry();
     const containerd = await stack.startContainerd();
-    const reference = await registry.push(image, 'tiny:latest');
-    await containerd.ctr('image', 'pull', '--plain-http', '--snapshotter', 'overlayfs', reference);
     const soci = await Soci.create(containerd, path.join(stack.directory, 'soci'));
-    await soci.index(reference);
+    for (const [pushed, name] of [
+      [image, 'tiny:latest'],
+      [plain, 'tiny:plain'],
+    ] as const) {
+      const reference = await registry.push(pushed, name);
+      // Not a pull, which leaves out the layers of the second: what they unpack to is there.
+      await containerd.ctr('content', 'fetch', '--plain-http', reference);
+      await soci.index(reference);
+    }
     const contentOf = (digest: string): Promise<Buffer> =>
       readFile(path.join(soci.directory, 'content/blobs', digest.replace(':', '/')));
     for (const hex of await readdir(path.join(soci.directory, 'content/blobs/sha256'))) {
@@ -88,7 +99,8 @@ describe('a ztoc that soci made', () => {
   afterAll(() => stack?.remove());
 
   it('is there for every layer', () => {
-    expect([...ztocs.keys()].sort()).toEqual(image.layers.map(({ digest }) => digest).sort());
+    const layers = [...image.layers, ...plain.layers];
+    expect([...ztocs.keys()].sort()).toEqual(layers.map(({ digest }) => digest).sort());
   });
 
   it('says what a scan of the layer says, and makes the same tarindex', async () => {
@@ -114,7 +126,7 @@ describe('a ztoc that soci made', () => {
         maxUncompressedBytes: 2 ** 30,
         maxMetadataBytes: LIMITS.maxBytes,
       });
-      const record = await making.finish(blob.subarray(making.tail.start, making.tail.end));
+      const record = await making.finish(blob.subarray(making.tail?.start, making.tail?.end));
       const scanned = indexFiles(path.join(stack.directory, 'scanned'), digest);
       const scan = await LayerScan.start({
         files: scanned,
@@ -141,9 +153,45 @@ describe('a ztoc that soci made', () => {
     const ztoc = ztocs.get(second.digest) ?? Buffer.alloc(0);
     await expect(ZtocImport.open(ztoc, options)).rejects.toThrow(/it is of a layer of/);
     const making = await ZtocImport.open(ztocs.get(first.digest) ?? Buffer.alloc(0), options);
-    const tail = Buffer.alloc(making.tail.end - making.tail.start);
+    const tail = Buffer.alloc((making.tail?.end ?? 0) - (making.tail?.start ?? 0));
     await expect(making.finish(tail)).rejects.toThrow(/have not the digest/);
     expect(await readdir(path.dirname(files.record))).toEqual([]);
+  });
+
+  it('of a plain tar makes the tarindex that indexing it makes, and digests that it is read by', async () => {
+    const options = { maxUncompressedBytes: 2 ** 30, maxMetadataBytes: LIMITS.maxBytes };
+    for (const { digest, size } of plain.layers) {
+      const ztoc = ztocs.get(digest) ?? Buffer.alloc(0);
+      const files = indexFiles(path.join(stack.directory, 'plain'), digest);
+      const making = await ZtocImport.open(ztoc, { files, digest, size, diffId: digest, ...options });
+      expect(making.tail).toBeUndefined();
+      const record = await making.finish(Buffer.alloc(0));
+      await writeIndexRecord(files, record);
+      expect(await readIndexRecord(files, { digest, size })).toEqual(record);
+      const tar = await readFile(blobPath(plain.layout, digest));
+      const own = tarindexOf(scan(tar), tar.length);
+      expect(record).toMatchObject({ compression: 'none', tarSize: size, tarindexDigest: digestOf(own) });
+      // One byte that is not the layer's is found before it is read.
+      for (const wrong of [false, true]) {
+        const bytes = Buffer.from(tar);
+        if (wrong) bytes.writeUInt8(bytes.readUInt8(100) ^ 1, 100);
+        const blob = new MemoryBlob(bytes);
+        const cache = new InflatedCache(2 ** 20);
+        const { device, tar: reader } = await openIndexedTar(
+          { name: 'layer', blob, inflated: cache },
+          record,
+          files,
+        );
+        const read = Buffer.alloc(tar.length);
+        const reading = reader.read(read, 0);
+        if (wrong) await expect(reading).rejects.toThrow(/chunk 0, .* has digest/);
+        else await reading;
+        expect(read.equals(tar)).toBe(!wrong);
+        await device.close();
+      }
+      const claims = { files, digest, size, diffId: digestOf(own), ...options };
+      await expect(ZtocImport.open(ztoc, claims)).rejects.toThrow(/is not compressed/);
+    }
   });
 
   it('has the checkpoints and the digests that the layer is read with', async () => {

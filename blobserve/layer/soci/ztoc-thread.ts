@@ -27,10 +27,13 @@ const failed = (error: unknown): void =>
 
 try {
   const making = await ZtocImport.open(asBuffer(ztoc), options);
-  port.once('message', (tail: Uint8Array) => {
-    making.finish(asBuffer(tail)).then((record) => reply({ record }), failed);
-  });
-  reply({ needs: making.tail });
+  const finish = (tail: Buffer): Promise<void> =>
+    making.finish(tail).then((record) => reply({ record }), failed);
+  if (making.tail === undefined) await finish(Buffer.alloc(0));
+  else {
+    port.once('message', (tail: Uint8Array) => void finish(asBuffer(tail)));
+    reply({ needs: making.tail });
+  }
 } catch (error) {
   failed(error);
 }
