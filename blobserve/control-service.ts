@@ -2,7 +2,9 @@
  * The control API: translation between gRPC and the layer server, nothing else.
  */
 import * as grpc from '@grpc/grpc-js';
+import { callSpan } from '../daemon/call-span.js';
 import type { Logger } from '../daemon/log.js';
+import { traced } from '../daemon/tracing.js';
 import { VERSION } from '../daemon/version.js';
 import { control } from '../proto/messages.js';
 import { ANSWERED } from '../proto/unary-call.js';
@@ -61,6 +63,9 @@ const MESSAGE_MAX = 2000;
 /** Milliseconds between two messages that tell how far something is. */
 const PROGRESS_INTERVAL = 200;
 
+/** Calls that get a span; the others are made all the time, and tell something. */
+const TRACED = new Set(['Describe', 'Attach', 'Detach', 'Prefetch', 'CollectGarbage']);
+
 class NotAttachedError extends Error {
   override readonly name = 'NotAttachedError';
 }
@@ -101,6 +106,31 @@ function readingMessage(record: ReadingRecord): control.ReadingResponse.$Propert
   };
 }
 
+/** Runs the work of a call, as part of its caller's trace. */
+function inTrace<T>(
+  name: string,
+  { request, metadata }: { readonly request: unknown; readonly metadata: grpc.Metadata },
+  work: () => T | Promise<T>,
+): Promise<T> {
+  if (!TRACED.has(name)) return Promise.resolve().then(work);
+  const { source } = request as { readonly source?: control.LayerSource.$Properties | null };
+  const about = source ?? {};
+  return traced(
+    `BlobServe/${name}`,
+    callSpan({
+      service: 'erofs_nbd.control.v1.BlobServe',
+      method: name,
+      metadata,
+      attributes: {
+        ...(about.layerDigest && { 'erofs_nbd.layer': about.layerDigest }),
+        ...(about.imageRef && { 'erofs_nbd.image': about.imageRef }),
+      },
+      statusOf,
+    }),
+    work,
+  );
+}
+
 export function controlImplementation(options: ControlOptions): grpc.UntypedServiceImplementation {
   const { server, log } = options;
 
@@ -113,7 +143,7 @@ export function controlImplementation(options: ControlOptions): grpc.UntypedServ
       const took = (code: grpc.status): void => {
         counted.calls.of(name, grpc.status[code]).observe((performance.now() - startedAt) / 1000);
       };
-      void (async () => handle(call.request))().then(
+      void inTrace(name, call, () => handle(call.request)).then(
         (response) => {
           took(grpc.status.OK);
           callback(null, response);
@@ -146,7 +176,7 @@ export function controlImplementation(options: ControlOptions): grpc.UntypedServ
         saidAt = now;
         call.write(progress);
       };
-      work(call.request, tell, cancelled.signal).then(
+      inTrace(name, call, () => work(call.request, tell, cancelled.signal)).then(
         (progress) => {
           took(grpc.status.OK);
           call.write(progress);

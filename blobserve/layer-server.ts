@@ -5,12 +5,13 @@
  */
 import { faultPoint } from '../daemon/fault-point.js';
 import type { Logger } from '../daemon/log.js';
+import { tracedBefore } from '../daemon/tracing.js';
 import { control } from '../proto/messages.js';
 import type { AttachBackend, AttachedDevice } from './attach/backend.js';
 import type { LayerPath } from './data-path.js';
 import { counted } from './metrics.js';
 import { ReadError } from './readers/blob-reader.js';
-import { RecordedReader } from './readers/recorded.js';
+import { RecordedReader, type OnWait } from './readers/recorded.js';
 import type { ReadingRecord } from './readers/reading-record.js';
 
 interface Served {
@@ -28,6 +29,8 @@ export interface LayerServerOptions {
     checked: boolean,
     signal: AbortSignal,
   ) => Promise<LayerPath>;
+  /** Milliseconds that a read waits before it gets a span; undefined: none does. */
+  readonly slowReadMs?: number;
   readonly log: Logger;
 }
 
@@ -158,7 +161,7 @@ export class LayerServer {
       const device = await this.#options.backend.attach({
         layerId,
         identifier,
-        reader: new RecordedReader(path.reader, path.record),
+        reader: new RecordedReader(path.reader, path.record, this.#onWait(source)),
         ...(nbdIndex >= 0 ? { nbdIndex } : {}),
       });
       return { source, identifier, path, device };
@@ -166,6 +169,21 @@ export class LayerServer {
       await path.close();
       throw error;
     }
+  }
+
+  #onWait({ layerDigest, imageRef }: control.LayerSource.$Properties): OnWait | undefined {
+    const { slowReadMs } = this.#options;
+    if (slowReadMs === undefined) return undefined;
+    return ({ offset, length, askedAt, error }) => {
+      if (performance.now() - askedAt < slowReadMs) return;
+      const attributes = {
+        'erofs_nbd.layer': layerDigest ?? '',
+        'erofs_nbd.image': imageRef ?? '',
+        'erofs_nbd.read.offset': offset,
+        'erofs_nbd.read.length': length,
+      };
+      tracedBefore('device read', askedAt, attributes, error);
+    };
   }
 
   async #inTurn<T>(layerId: number, work: () => Promise<T>): Promise<T> {

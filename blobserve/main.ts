@@ -13,6 +13,7 @@ import { keepMemoryOutOfCoreDumps } from '../daemon/core-dump.js';
 import { faultPoint } from '../daemon/fault-point.js';
 import { layout as layoutOf } from '../daemon/layout.js';
 import { createLogger, type Logger } from '../daemon/log.js';
+import { closeTracing, isTracing, openTracing } from '../daemon/tracing.js';
 import { VERSION } from '../daemon/version.js';
 import { control } from '../proto/messages.js';
 import { controlService } from '../proto/service.js';
@@ -95,6 +96,7 @@ async function main(): Promise<void> {
   if (!isWrittenDown()) return;
   const log = createLogger('blobserve', configuration.log.level, configuration.log.format);
   keepMemoryOutOfCoreDumps(log);
+  await openTracing('erofs-nbd-blobserve', configuration, log);
   const layout = layoutOf(configuration.root);
   const fuseMountPoint = options.attach === 'fuse' ? layout.fuse : '';
   const backend = await openBackend(options, configuration, fuseMountPoint, log);
@@ -165,6 +167,7 @@ async function main(): Promise<void> {
   };
   const server = new LayerServer({
     backend,
+    ...(isTracing() && { slowReadMs: configuration.tracing.slow_read }),
     openLayer: (source, checked, signal) => {
       // Whoever mounts by hand asks for all layers that are wanted at once.
       if (!checked && isClassic(source.kind) && given === undefined) {
@@ -211,6 +214,7 @@ async function main(): Promise<void> {
       .then(() => server.close())
       .then(() => blobs.close())
       .then(() => client.close())
+      .then(closeTracing)
       .catch((error: unknown) => log.error({ err: error }, 'not everything was closed'))
       .finally(leave);
   };

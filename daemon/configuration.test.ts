@@ -45,11 +45,19 @@ describe('the configuration', () => {
     ['[cache]\nspan_size = 4096', 'c.toml: cache.span_size = 4096: '],
     ['root = "relative/dir"', 'c.toml: root = "relative/dir": expected an absolute path'],
     [`address = "/${'x'.repeat(120)}"`, 'at most 107 bytes'],
-    ['version = 2', 'c.toml: version = 2: '],
+    ['version = "1"', 'c.toml: version = "1": '],
+    ['[tracing]\nendpoint = "localhost:4318"', 'c.toml: tracing.endpoint = "localhost:4318": expected a URL'],
     ['attach = "nbd"\n[log\nlevel = "info"', 'c.toml: line 2, column '],
   ])('refuses %j', (text, message) => {
     expect(() => parse(text)).toThrow(ConfigurationError);
     expect(() => parse(text)).toThrow(message);
+  });
+
+  it('refuses a file of another version, and says nothing else of it', () => {
+    const refused =
+      /^c\.toml: version = 2: erofs-nbd \d\S* reads files of version 1\. Install the erofs-nbd .*$/;
+    expect(() => parse('version = 2\nfrom_the_future = true\nattach = "ublk"')).toThrow(refused);
+    expect(parse('version = 1')).toEqual(parse(''));
   });
 
   it('lets the command line win, and checks it too', () => {

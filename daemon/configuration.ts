@@ -11,6 +11,7 @@ import { z } from 'zod';
 import { parseListenAddress, SOCKET_PATH_MAX } from './listen-address.js';
 import { LOG_LEVELS } from './log.js';
 import { parseDuration, parseSize } from './quantity.js';
+import { VERSION } from './version.js';
 
 export const DEFAULT_CONFIGURATION_FILE = '/etc/erofs-nbd/config.toml';
 
@@ -74,8 +75,11 @@ const dayWindow = z
     'expected two times of the day, such as "22:00-06:00"',
   );
 
+/** Of the file's format. A file that does not say is of version 1; one of another version is refused. */
+const FORMAT_VERSION = 1;
+
 const schema = z.strictObject({
-  version: z.literal(1).default(1),
+  version: z.literal(FORMAT_VERSION).default(FORMAT_VERSION),
   root: absolutePath.default('/var/lib/erofs-nbd'),
   address: socketPath.default('/run/erofs-nbd/snapshotter.sock'),
   attach: z.enum(['auto', 'nbd', 'fuse']).default('auto'),
@@ -184,6 +188,18 @@ const schema = z.strictObject({
       address: listenAddress.prefault(''),
     })
     .prefault({}),
+  tracing: z
+    .strictObject({
+      endpoint: z
+        .string()
+        .refine(
+          (text) => text === '' || (/^https?:\/\//.test(text) && URL.canParse(text)),
+          'expected a URL such as "http://127.0.0.1:4318", or "" for none',
+        )
+        .default(''),
+      slow_read: duration('100ms', '0s', '1h'),
+    })
+    .prefault({}),
   recovery: z
     .strictObject({
       attach: z.enum(['eager', 'first-use']).default('eager'),
@@ -218,6 +234,16 @@ function describeValue(document: unknown, keys: readonly PropertyKey[]): string 
   return value === undefined ? '' : ` = ${JSON.stringify(value)}`;
 }
 
+/** Said alone: what else a file of another version says may be right there. */
+function checkVersion(document: Record<string, unknown>, origin: string): void {
+  const { version } = document;
+  if (typeof version !== 'number' || version === FORMAT_VERSION) return;
+  throw new ConfigurationError(
+    `${origin}: version = ${version}: erofs-nbd ${VERSION} reads files of version ${FORMAT_VERSION}. Install the erofs-nbd that this ` +
+      'file was written for, or write it anew from config.toml of this package',
+  );
+}
+
 function validate(document: unknown, origin: string): Configuration {
   const result = schema.safeParse(document);
   if (result.success) return result.data;
@@ -247,6 +273,7 @@ export function parseConfiguration(text: string, origin: string, overrides: Over
     const reason = error.message.split('\n', 1)[0] ?? '';
     throw new ConfigurationError(`${origin}: line ${error.line}, column ${error.column}: ${reason}`);
   }
+  checkVersion(document, origin);
   const configuration = validate(document, origin);
   if (Object.values(overrides).every((value) => value === undefined)) return configuration;
   const merged: Record<string, unknown> = { ...document };

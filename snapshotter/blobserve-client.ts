@@ -3,6 +3,7 @@
  * rejects with a CallError.
  */
 import * as grpc from '@grpc/grpc-js';
+import { isTracing, traceHeaders } from '../daemon/tracing.js';
 import type { control } from '../proto/messages.js';
 import { controlService } from '../proto/service.js';
 import { toldCall, unaryCall } from '../proto/unary-call.js';
@@ -10,12 +11,22 @@ import { toldCall, unaryCall } from '../proto/unary-call.js';
 /** Milliseconds; a call that only reports must not hang when the other side does. */
 const REPORT_TIMEOUT = 10_000;
 
+/** Has spans of the other side be part of the trace of this one's. */
+const withTrace: grpc.Interceptor = (options, nextCall) =>
+  new grpc.InterceptingCall(nextCall(options), {
+    start: (metadata, listener, next) => {
+      for (const [name, value] of Object.entries(traceHeaders())) metadata.set(name, value);
+      next(metadata, listener);
+    },
+  });
+
 export class BlobServeClient {
   readonly #client: grpc.Client;
 
   /** @param socket path of blobserve's unix socket */
   constructor(readonly socket: string) {
     this.#client = new grpc.Client(`unix:${socket}`, grpc.credentials.createInsecure(), {
+      ...(isTracing() && { interceptors: [withTrace] }),
       'grpc.max_receive_message_length': 64 * 2 ** 20,
       'grpc.initial_reconnect_backoff_ms': 50,
       'grpc.min_reconnect_backoff_ms': 50,

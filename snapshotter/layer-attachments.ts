@@ -12,6 +12,7 @@ import pLimit from 'p-limit';
 import { listNbdDevices } from '../blobserve/attach/nbd-sysfs.js';
 import { faultPoint } from '../daemon/fault-point.js';
 import type { Logger } from '../daemon/log.js';
+import { traced } from '../daemon/tracing.js';
 import type { LayerStore, DeviceRow, LayerInput, LayerRow } from '../metadata/layers.js';
 import { control } from '../proto/messages.js';
 import type { BlobServeClient } from './blobserve-client.js';
@@ -113,7 +114,8 @@ export class LayerAttachments {
     return this.#locks.run(layer.digest, async () => {
       const { id } = await this.#record(layer);
       try {
-        await this.#ensure(id);
+        const attributes = { 'erofs_nbd.layer': layer.digest, 'erofs_nbd.image': layer.imageRef };
+        await traced('attach and mount', { attributes }, () => this.#ensure(id));
         return use(id);
       } catch (error) {
         if (!this.#layers.isUsed(id)) await this.#takeDown(id);

@@ -6,6 +6,7 @@ import process from 'node:process';
 import { Command, Option } from 'commander';
 import { ConfigurationError, loadConfiguration } from '../daemon/configuration.js';
 import { createLogger, LOG_LEVELS } from '../daemon/log.js';
+import { closeTracing, openTracing } from '../daemon/tracing.js';
 import { VERSION } from '../daemon/version.js';
 import { MetadataError } from '../metadata/errors.js';
 import { RootInUseError } from '../metadata/root-lock.js';
@@ -66,6 +67,7 @@ async function main(): Promise<void> {
     '--log-level',
     configuration.log.level,
   ];
+  await openTracing('erofs-nbd-snapshotter', configuration, log);
   // Before anything is started that would inherit what systemd said.
   const manager = new ServiceManager(process.env, log);
   const daemon = new Daemon({
@@ -85,13 +87,16 @@ async function main(): Promise<void> {
     stopping = true;
     manager.stopping();
     log.info({ signal }, 'stopping; what containers read goes on being served');
-    daemon.stop().then(
-      () => process.exit(0),
-      (error: unknown) => {
-        log.error({ err: error }, 'stopped with an error');
-        process.exit(1);
-      },
-    );
+    daemon
+      .stop()
+      .finally(closeTracing)
+      .then(
+        () => process.exit(0),
+        (error: unknown) => {
+          log.error({ err: error }, 'stopped with an error');
+          process.exit(1);
+        },
+      );
   };
   process.on('SIGTERM', stop);
   process.on('SIGINT', stop);

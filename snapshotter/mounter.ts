@@ -8,6 +8,7 @@
  */
 import { fork, type ChildProcess } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
+import { traced } from '../daemon/tracing.js';
 
 export type MountRequest =
   | { readonly operation: 'mount'; readonly source: string; readonly target: string }
@@ -81,7 +82,9 @@ export class Mounter {
    * @throws {MountError}
    */
   mountErofs(source: string, target: string): Promise<void> {
-    return this.#call({ operation: 'mount', source, target });
+    return traced('mount', { attributes: { 'erofs_nbd.device': source } }, () =>
+      this.#call({ operation: 'mount', source, target }),
+    );
   }
 
   /**

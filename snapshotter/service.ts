@@ -2,7 +2,9 @@
  * The snapshots service: translation between gRPC and the Snapshotter, nothing else.
  */
 import * as grpc from '@grpc/grpc-js';
+import { callSpan } from '../daemon/call-span.js';
 import type { Logger } from '../daemon/log.js';
+import { traced } from '../daemon/tracing.js';
 import { MetadataError, quoted } from '../metadata/errors.js';
 import type { SnapshotInfo } from '../metadata/snapshots.js';
 import { snapshots } from '../proto/messages.js';
@@ -100,10 +102,19 @@ export function snapshotsImplementation(
   ): grpc.handleUnaryCall<Request, Response> {
     return (call, callback) => {
       const startedAt = performance.now();
-      void (async () => {
+      const about = subjectOf(call.request);
+      const span = callSpan({
+        service: 'containerd.services.snapshots.v1.Snapshots',
+        method: name,
+        metadata: call.metadata,
+        attributes: about === undefined ? {} : { 'erofs_nbd.snapshot': about },
+        statusOf,
+      });
+      const work = (): Response | Promise<Response> => {
         plugin.check(call.request.snapshotter);
         return handle(call.request);
-      })().then(
+      };
+      void traced(`Snapshots/${name}`, span, work).then(
         (response) => {
           took(name, grpc.status.OK, startedAt);
           log.debug({ call: name, ms: Math.round(performance.now() - startedAt) }, 'answered');

@@ -11,6 +11,7 @@ import { ImageReferenceError, parseReference } from '../blobserve/registry/refer
 import { faultPoint } from '../daemon/fault-point.js';
 import type { Layout } from '../daemon/layout.js';
 import type { Logger } from '../daemon/log.js';
+import { annotate } from '../daemon/tracing.js';
 import { MetadataError, translateFileError } from '../metadata/errors.js';
 import type { LayerStore } from '../metadata/layers.js';
 import type { SnapshotInfo, SnapshotNode, SnapshotStore } from '../metadata/snapshots.js';
@@ -214,6 +215,7 @@ export class Snapshotter {
       }
       const layer = await this.#options.finder.find(labels, key);
       if (layer === undefined) return false;
+      annotate({ 'erofs_nbd.layer': layer.digest, 'erofs_nbd.image': layer.imageRef });
       const parentChainId = parent === '' ? '' : chainIdOfSnapshot(this.#snapshots.stat(parent));
       checkChainId(chainId, parentChainId, layer.diffId);
       // (chain ID, parent) is the identity: the same layer may be wanted on a parent from another kind of pull.

@@ -4,6 +4,14 @@
 import type { BlobReader } from './blob-reader.js';
 import type { ReadingRecord } from './reading-record.js';
 
+/** A read that had to wait, and is over. @param read `askedAt` on the clock of `performance.now`; `error` when it failed */
+export type OnWait = (read: {
+  readonly offset: number;
+  readonly length: number;
+  readonly askedAt: number;
+  readonly error?: unknown;
+}) => void;
+
 export class RecordedReader implements BlobReader {
   readonly size: number;
 
@@ -11,14 +19,21 @@ export class RecordedReader implements BlobReader {
   constructor(
     private readonly next: BlobReader,
     private readonly record: Pick<ReadingRecord, 'read'>,
+    private readonly onWait?: OnWait,
   ) {
     this.size = next.size;
   }
 
   async read(target: Buffer, offset: number, progress?: (filled: number) => void): Promise<void> {
     const askedAt = performance.now();
-    await this.next.read(target, offset, progress);
+    try {
+      await this.next.read(target, offset, progress);
+    } catch (error) {
+      this.onWait?.({ offset, length: target.length, askedAt, error });
+      throw error;
+    }
     this.record.read(offset, target.length, askedAt, performance.now() - askedAt);
+    this.onWait?.({ offset, length: target.length, askedAt });
   }
 
   readNow(target: Buffer, offset: number): boolean {

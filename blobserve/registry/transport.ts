@@ -10,6 +10,7 @@
 import type { Readable } from 'node:stream';
 import { LRUCache } from 'lru-cache';
 import type { Dispatcher } from 'undici';
+import { traced, type SpanAttributes } from '../../daemon/tracing.js';
 import { counted, exchangeBegins, type HostExchanges } from '../metrics.js';
 import type { Authorization } from './authorization.js';
 import { Dispatchers, withoutClient, type ConnectionSettings } from './dispatchers.js';
@@ -374,14 +375,20 @@ export class Transport {
       if (this.#closed) throw closedError(url, undefined);
       const dispatcher = await this.#dispatchers.of(url, connection ?? {});
       if (this.#isClosed()) throw closedError(url, undefined);
-      const data = await dispatcher.request({
-        origin: url.origin,
-        path: `${url.pathname}${url.search}`,
-        method: request.method ?? 'GET',
-        headers,
-        body: request.body ?? null,
-        ...(request.headersTimeoutMs !== undefined && { headersTimeout: request.headersTimeoutMs }),
-        signal,
+      const { method = 'GET' } = request;
+      const about = { kind: 'client', attributes: spanAttributes(url, atHome, method, headers) } as const;
+      const data = await traced(`${method} ${url.host}`, about, async (span) => {
+        const answer = await dispatcher.request({
+          origin: url.origin,
+          path: `${url.pathname}${url.search}`,
+          method,
+          headers,
+          body: request.body ?? null,
+          ...(request.headersTimeoutMs !== undefined && { headersTimeout: request.headersTimeoutMs }),
+          signal,
+        });
+        span.set({ 'http.response.status_code': answer.statusCode });
+        return answer;
       });
       ends(data.statusCode);
       return data;
@@ -469,6 +476,24 @@ export class Transport {
     const { reason, kind } = explain(error, url, this.#limits);
     return new RegistryError(reason, { kind, host: url.host, cause: error });
   }
+}
+
+/**
+ * What a request's span tells: of the registry the path, of other places, whose URLs may be signed, only where they are; of the
+ * headers no other than the range.
+ */
+function spanAttributes(
+  url: URL,
+  atHome: boolean,
+  method: string,
+  { range }: Readonly<Record<string, string>>,
+): SpanAttributes {
+  return {
+    'http.request.method': method,
+    'server.address': url.host,
+    ...(atHome && { 'url.path': url.pathname }),
+    ...(range !== undefined && { 'http.request.header.range': [range] }),
+  };
 }
 
 function reasonOf(error: Error): string {
