@@ -63,12 +63,13 @@ async function publishOurs(reference: string, publisher: Stack): Promise<void> {
   expect(second).toEqual({ ...first, pushedBytes: 0 });
 }
 
-const PUBLISHERS: readonly (readonly [string, 'soci' | 'erofs-nbd', Publish])[] = [
-  ['SOCI', 'soci', publishWithSoci],
-  ['erofs-nbd index --push', 'erofs-nbd', publishOurs],
+const PUBLISHERS: readonly (readonly [string, 'soci' | 'erofs-nbd', Publish, 'tar' | 'tar+gzip'])[] = [
+  ['SOCI', 'soci', publishWithSoci, 'tar+gzip'],
+  ['SOCI, with plain tar layers', 'soci', publishWithSoci, 'tar'],
+  ['erofs-nbd index --push', 'erofs-nbd', publishOurs, 'tar+gzip'],
 ];
 
-describe.each(PUBLISHERS)('an image whose index was published by %s', (_name, kind, publish) => {
+describe.each(PUBLISHERS)('an image whose index was published by %s', (_name, kind, publish, format) => {
   let publisher: Stack;
   let node: Stack;
   let registry: Registry;
@@ -79,7 +80,7 @@ describe.each(PUBLISHERS)('an image whose index was published by %s', (_name, ki
 
   beforeAll(async () => {
     if (missing !== undefined) return;
-    image = await buildTinyImage({ format: 'tar+gzip' });
+    image = await buildTinyImage({ format });
     publisher = await Stack.create();
     registry = await publisher.startRegistry();
     reference = await registry.push(image, 'tiny:latest');
