@@ -25,6 +25,7 @@ import { HostsDirectory } from './hosts-directory.js';
 import { MANIFEST_ACCEPT } from './media-type.js';
 import type { Platform, PlatformChoice } from './platform.js';
 import { registryHost, type Reference } from './reference.js';
+import { listReferrers } from './referrers.js';
 import { printable, RegistryError } from './registry-error.js';
 import { RepositoryRequests, type RepositoryRequest } from './repository-requests.js';
 import { type RegistryHost, Transport, type TransportOptions, type TransportResponse } from './transport.js';
@@ -40,8 +41,6 @@ export interface RegistryClientOptions extends TransportOptions {
   readonly now?: () => number;
 }
 
-/** What registries without the referrers API answer. */
-const NO_REFERRERS: ReadonlySet<number> = new Set([400, 404, 405]);
 export class RegistryClient {
   readonly #transport: Transport;
   readonly #requests: RepositoryRequests;
@@ -173,7 +172,7 @@ export class RegistryClient {
 
   /**
    * Manifests of a kind that refer to another one (distribution specification 1.1, "Listing Referrers"): from the API, or
-   * where a registry lacks it from the tag that stands in for it. One page is read, of at most 4096 entries.
+   * where a registry lacks it from the tag that stands in for it. At most 16 pages are read, of 4096 entries together.
    *
    * @param digest of the manifest that is referred to
    * @throws {RegistryError}
@@ -185,36 +184,23 @@ export class RegistryClient {
     signal?: AbortSignal,
   ): Promise<readonly Descriptor[]> {
     this.#checkDigest(reference, digest);
-    const object = `referrers of ${digest}`;
-    const request: RepositoryRequest = {
-      reference,
-      object,
-      path: `referrers/${digest}?artifactType=${encodeURIComponent(artifactType)}`,
-      capability: 'referrers',
-      headers: { accept: 'application/vnd.oci.image.index.v1+json', 'accept-encoding': 'identity' },
-      signal,
-    };
-    const list = await this.#requests
-      .fromAny(request, async (asked) => {
-        const response = await this.#requests.get(request, asked);
-        const body = await this.#requests.readBody(response, reference, object, MAX_MANIFEST_BYTES);
-        try {
-          return parseManifest(body, response.header('content-type'));
-        } catch (error) {
-          throw this.#invalid(reference, object, error, response.url.host);
-        }
-      })
-      .catch(async (error: unknown) => {
-        if (!(error instanceof RegistryError) || !NO_REFERRERS.has(error.status ?? 0)) throw error;
-        const { host, repository } = reference;
-        const standIn = { host, repository, tag: digest.replace(':', '-') };
-        return this.fetchManifest(standIn, { signal }).catch((missing: unknown) => {
-          if (missing instanceof RegistryError && missing.status === 404) return undefined;
-          throw missing;
-        });
-      });
-    const entries = list?.kind === 'index' ? list.index.manifests : [];
+    const listed = await listReferrers(this.#requests, reference, digest, artifactType, signal);
+    const entries = listed ?? (await this.#standIn(reference, digest, signal));
     return entries.filter((entry) => entry.artifactType === artifactType);
+  }
+
+  /** The tag that stands in for a list of referrers. */
+  async #standIn(
+    { host, repository }: Reference,
+    digest: string,
+    signal: AbortSignal | undefined,
+  ): Promise<readonly Descriptor[]> {
+    const tag = { host, repository, tag: digest.replace(':', '-') };
+    const list = await this.fetchManifest(tag, { signal }).catch((missing: unknown) => {
+      if (missing instanceof RegistryError && missing.status === 404) return undefined;
+      throw missing;
+    });
+    return list?.kind === 'index' ? list.index.manifests : [];
   }
 
   /**
