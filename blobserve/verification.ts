@@ -127,6 +127,8 @@ function shown(source: Source): Shown {
 
 class LayerVerification {
   readonly #digest: string;
+  /** Bytes of the blob that were found to be damaged. */
+  readonly #wrong: ByteRange[] = [];
 
   constructor(
     private readonly source: Source,
@@ -262,7 +264,11 @@ class LayerVerification {
       if (spanDigests === undefined) return;
       const here = new Cover(blob.cache.marked());
       const spans = Array.from({ length: table.count }, (_, at) => ({ at, ...table.compressedSpan(at) }));
-      const covered = spans.filter((span) => here.has(span));
+      // Those in which damage was found are wrong anyway.
+      const covered = spans.filter(
+        (span) =>
+          here.has(span) && !this.#wrong.some(({ start, end }) => start < span.end && span.start < end),
+      );
       const hashes = await this.#hash({ path: data, ranges: covered }, false);
       const still = new Cover(blob.cache.marked());
       for (const [at, span] of covered.entries()) {
@@ -292,6 +298,7 @@ class LayerVerification {
   #damaged({ start, end }: ByteRange, open: readonly LayerBlob[], what: string, how: string): void {
     this.#problem(`${what}, bytes ${start} to ${end - 1}, ${how}`);
     counted.verificationFailures.add('cached span');
+    this.#wrong.push({ start, end });
     if (this.dryRun) return;
     for (const { cache } of open) cache.distrust(start, end - start);
     this.shown.droppedBytes = (this.shown.droppedBytes ?? 0) + end - start;
