@@ -38,6 +38,7 @@ bash packaging/library.sh "$LIBRARY" ${RUNTIME:+"$RUNTIME"}
 VERSION=$("$NODE" "$LIBRARY/dist/cli/main.js" --version)
 
 mv "$LIBRARY"/{README.md,CHANGELOG.md,docs} "$DOCUMENTS/"
+cp -r packaging/kubernetes "$DOCUMENTS/"
 cp LICENSE "$DOCUMENTS/copyright"
 if [ -n "$WITH_NODE" ]; then mv "$LIBRARY/runtime/LICENSE" "$DOCUMENTS/copyright.node"; fi
 mv "$LIBRARY/config.toml" "$ROOT/etc/erofs-nbd/config.toml"

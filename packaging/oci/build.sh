@@ -66,7 +66,8 @@ TAR=(tar --sort=name --owner=0 --group=0 --numeric-owner --format=pax '--pax-opt
 for layer in base node program; do
   chmod -R u=rwX,go=rX "$WORK/$layer"
   if [ "$layer" = base ]; then chmod 1777 "$WORK/base/tmp"; fi
-  "${TAR[@]}" --mtime="@$SOURCE_DATE_EPOCH" -C "$WORK/$layer" -cf "$WORK/$layer.tar" .
+  # The layers below the program are the same from version to version, also in their times.
+  "${TAR[@]}" --mtime="@$([ "$layer" = program ] && echo "$SOURCE_DATE_EPOCH" || echo 0)" -C "$WORK/$layer" -cf "$WORK/$layer.tar" .
   gzip -9n <"$WORK/$layer.tar" >"$WORK/$layer.tar.gz"
 done
 
