@@ -234,6 +234,29 @@ describe('a tar.gz layer', () => {
     await expect.poll(() => existsSync(fileOf(layer)), SOON).toBe(false);
   });
 
+  it('is verified when somebody asks, and inflated again when its file is damaged', async () => {
+    const layer = await indexedLayer(dir, 2_000_000);
+    const one = await node();
+    const attached = await one.attach(layer);
+    const { signal } = new AbortController();
+    const verify = (keep: boolean) => one.layers.verify(layer.record, layer.files.tarindex, keep, signal);
+    expect(await verify(false)).toBeUndefined();
+    await attached.expectRight();
+    await switched(attached);
+    const bytes = layer.record.deviceSize;
+    expect(await verify(false)).toEqual({ bytes });
+    const damaged = readFileSync(fileOf(layer));
+    damaged.writeUInt8(damaged.readUInt8(900_000) ^ 1, 900_000);
+    writeFileSync(fileOf(layer), damaged);
+    const problem = expect.stringContaining('is not what was written') as string;
+    expect(await verify(true)).toEqual({ bytes, problem });
+    expect(attached.device.switched).toBe(true);
+    expect(await verify(false)).toEqual({ bytes, problem });
+    expect(attached.device.switched).toBe(false);
+    expect(existsSync(fileOf(layer))).toBe(false);
+    await attached.expectRight();
+  });
+
   it('is left as it is when it should not be materialised, and a file of before goes', async () => {
     const layer = await indexedLayer(dir, 1_000_000);
     const one = await node();

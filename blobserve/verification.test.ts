@@ -1,4 +1,4 @@
-/** What is here of native layers, damaged in every way; tar.gz layers with their indexes are in test/command/verify.test.ts. */
+/** What is here of layers, damaged in every way; that a node which serves finds it is in test/command/verify.test.ts. */
 import { randomBytes } from 'node:crypto';
 import { existsSync, mkdtempSync, openSync, closeSync, rmSync, writeSync } from 'node:fs';
 import { join } from 'node:path';
@@ -9,9 +9,10 @@ import { control } from '../proto/messages.js';
 import { FaultServer, status, wrongRange } from '../test/fault-server.js';
 import { hashBlob } from './blob-hash.js';
 import { LayerBlobs, type LayerBlob } from './layer-blobs.js';
-import { indexFiles } from './layer/index/layer-index.js';
+import { indexFiles, writeIndexRecord } from './layer/index/layer-index.js';
 import { hashRanges } from './range-hash.js';
 import { RegistryClient } from './registry/registry-client.js';
+import { indexedLayer } from './testing/indexed-layer.js';
 import { cachePaths } from './readers/span-store.js';
 import { Verifications, type HashRanges } from './verification.js';
 
@@ -62,11 +63,15 @@ const source = (): control.LayerSource.$Properties => ({
 
 const here: HashRanges = (request, onBytes) => Promise.resolve(hashRanges(request, onBytes));
 
-async function verify(dryRun = false, hash = here): Promise<control.VerifiedLayer> {
+async function verify(
+  dryRun = false,
+  hash = here,
+  layer: control.LayerSource.$Properties = source(),
+): Promise<control.VerifiedLayer> {
   const verifications = new Verifications({
-    lookup: { layers: () => Promise.resolve([source()]) },
+    lookup: { layers: () => Promise.resolve([layer]) },
     blobs,
-    indexer: { files: (layer) => indexFiles(join(dir, 'index'), layer) },
+    indexer: { files: (blob) => indexFiles(join(dir, 'index'), blob) },
     materialised: { verify: () => Promise.resolve(undefined) },
     using: (_, work) => work(),
     cacheDirectory: join(dir, 'cache'),
@@ -203,5 +208,46 @@ describe('verifying a layer', () => {
     server.failAlways('/', status(503));
     expect(await verify()).toMatchObject({ cachedBytes: 3 * SPAN, problems: [] });
     await blob.cache.close();
+  });
+});
+
+describe('verifying a tar.gz layer', () => {
+  it('holds what is here of it against its index, though it is as it came', async () => {
+    const { blob, record, files } = await indexedLayer(dir, 1_000_000);
+    await writeIndexRecord(files, record);
+    digest = server.addBlob(blob);
+    const layer = { ...source(), size: blob.length, kind: control.LayerKind.TAR_GZIP, diffId: record.diffId };
+    const change = (range: Buffer): Buffer => {
+      const copy = Buffer.from(range);
+      copy.writeUInt8(copy.readUInt8(50_000) ^ 1, 50_000);
+      return copy;
+    };
+    server.failAlways('/blobs/', wrongRange({ body: change }));
+    const opened = await blobs.open(layer);
+    await opened.cache.read(Buffer.alloc(200_000), 0);
+    await opened.cache.settled();
+    const problems = [expect.stringMatching(/^span \d+ of its index, bytes \d+ to \d+, has another digest$/)];
+    const looked = await verify(true, here, layer);
+    expect(looked).toMatchObject({ problems, droppedBytes: 0, whole: false });
+    expect(looked.digestBytes).toBeGreaterThan(100_000);
+    expect(looked.indexBytes).toBeGreaterThan(record.tarindexSize);
+    expect((await verify(false, here, layer)).droppedBytes).toBeGreaterThan(0);
+    server.behaveAgain();
+    const bytes = Buffer.alloc(200_000);
+    await opened.cache.read(bytes, 0);
+    expect(bytes.equals(blob.subarray(0, bytes.length))).toBe(true);
+    await opened.cache.settled();
+    expect(await verify(false, here, layer)).toMatchObject({ problems: [] });
+    await opened.cache.close();
+  });
+
+  it('says that its index is of another layer than the image means', async () => {
+    const { blob, record, files } = await indexedLayer(dir, 100_000);
+    await writeIndexRecord(files, record);
+    digest = server.addBlob(blob);
+    const diffId = `sha256:${'0'.repeat(64)}`;
+    const layer = { ...source(), size: blob.length, kind: control.LayerKind.TAR_GZIP, diffId };
+    const problems = [expect.stringMatching(/^its index: .* the image's configuration says sha256:000/)];
+    expect(await verify(true, here, layer)).toMatchObject({ problems, indexBytes: 0 });
   });
 });
