@@ -29,6 +29,7 @@ interface IndexCommandLine {
   readonly config?: string;
   readonly out?: string;
   readonly push?: true;
+  readonly attachByAnnotation?: string;
   readonly platform: string;
   readonly quiet?: true;
   readonly json?: true;
@@ -53,14 +54,30 @@ export function addIndexCommand(program: Command): void {
     .option('--config <file>', "the snapshotter's configuration file (default: /etc/erofs-nbd/config.toml)")
     .option('--out <directory>', `keep the files there, one set for a layer (default: ${defaultDirectory()})`)
     .option('--push', 'publish it in the image’s repository, as something that refers to the image')
+    .option(
+      '--attach-by-annotation <tag>',
+      'with --push: in place of referring to the image, have a copy of it name the index; the copy gets this tag',
+    )
     .addOption(
       new Option('--platform <os/architecture[/variant]>', 'of which platform').default('', "this machine's"),
     )
     .option('-q, --quiet', 'show no progress')
     .option('--json', 'print the result as JSON')
-    .action((subject: string, options: IndexCommandLine) =>
-      /^\.{0,2}\//.test(subject) ? indexFile(subject, options) : indexImage(subject, options),
+    .action((subject: string, options: IndexCommandLine) => {
+      checkAttaching(options);
+      return /^\.{0,2}\//.test(subject) ? indexFile(subject, options) : indexImage(subject, options);
+    });
+}
+
+/** @throws {UsageError} */
+function checkAttaching({ push, attachByAnnotation: tag }: IndexCommandLine): void {
+  if (tag === undefined) return;
+  if (push !== true) throw new UsageError('--attach-by-annotation goes with --push');
+  if (!/^\w[\w.-]{0,127}$/.test(tag)) {
+    throw new UsageError(
+      `--attach-by-annotation: ${JSON.stringify(tag)} is no tag, as in host/repository:tag`,
     );
+  }
 }
 
 function openIndexer(directory: string, configuration: Configuration): LayerIndexer {
@@ -127,10 +144,13 @@ async function indexImage(image: string, options: IndexCommandLine): Promise<voi
           index,
           files,
           onLayer,
+          ...(options.attachByAnnotation !== undefined && { attachTo: options.attachByAnnotation }),
         });
         progress.close();
         await print(
-          options.json === true ? `${JSON.stringify(made)}\n` : sentence(formatReference(reference), made),
+          options.json === true
+            ? `${JSON.stringify(made)}\n`
+            : sentence(formatReference(reference), made, options.attachByAnnotation),
         );
         return;
       }
@@ -156,9 +176,14 @@ async function indexImage(image: string, options: IndexCommandLine): Promise<voi
   }
 }
 
-function sentence(image: string, { digest, layers, of, bytes, pushedBytes }: PublishedArtifact): string {
+function sentence(
+  image: string,
+  { digest, layers, of, bytes, pushedBytes, attached }: PublishedArtifact,
+  tag: string | undefined,
+): string {
   const sent = pushedBytes === bytes ? '' : `, of which ${bytes - pushedBytes} were there`;
-  return `${image}: index ${digest} of ${layers} of ${of} layers, ${bytes} bytes${sent}\n`;
+  const copy = attached === undefined ? '' : `; the copy that names it is ${tag ?? ''}, ${attached}`;
+  return `${image}: index ${digest} of ${layers} of ${of} layers, ${bytes} bytes${sent}${copy}\n`;
 }
 
 /** Reads the layer as it comes from the registry: what has been inflated once is in the journal of the index. */

@@ -58,10 +58,10 @@ function document(mediaType: string, value: unknown): ArtifactDocument {
 /**
  * The artifact's two documents. The same layers in the same order give the same bytes.
  *
- * @param subject the image's manifest that it is of
+ * @param subject the image's manifest that it refers to; undefined when the image names the artifact itself
  */
 export function encodeArtifact(
-  subject: Pick<Descriptor, 'mediaType' | 'digest' | 'size'>,
+  subject: Pick<Descriptor, 'mediaType' | 'digest' | 'size'> | undefined,
   layers: readonly PublishedLayer[],
 ): { readonly config: ArtifactDocument; readonly manifest: ArtifactDocument } {
   const config = document(CONFIG_TYPE, {
@@ -86,7 +86,9 @@ export function encodeArtifact(
       describe(TARINDEX_TYPE, tarindex),
       describe(CHECKPOINTS_TYPE, checkpoints),
     ]),
-    subject: { mediaType: subject.mediaType, digest: subject.digest, size: subject.size },
+    ...(subject && {
+      subject: { mediaType: subject.mediaType, digest: subject.digest, size: subject.size },
+    }),
   });
   return { config, manifest };
 }

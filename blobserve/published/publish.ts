@@ -1,5 +1,6 @@
 /**
- * Publishes the index of an image: its layers' files, pushed beside the image, and a manifest that refers to it.
+ * Publishes the index of an image: its layers' files, pushed beside the image, and a manifest that refers to it, or that a copy
+ * of the image names.
  */
 import { readFile } from 'node:fs/promises';
 import { gzipSync } from 'fflate';
@@ -10,8 +11,10 @@ import { digestOf } from '../registry/digest.js';
 import type { FetchedManifest } from '../registry/manifest.js';
 import { formatReference, type Reference } from '../registry/reference.js';
 import { RegistryError } from '../registry/registry-error.js';
+import { INDEX_ANNOTATION } from './artifact-indexes.js';
 import { ARTIFACT_TYPE, encodeArtifact, type PublishedLayer } from './artifact.js';
 
+const MANIFEST_TYPE = 'application/vnd.oci.image.manifest.v1+json';
 const INDEX_TYPE = 'application/vnd.oci.image.index.v1+json';
 
 /** An entry of somebody's list of referrers. */
@@ -32,6 +35,8 @@ export interface PublishOptions {
   /** Makes or finds the index of a layer on this machine. */
   readonly index: (layer: Source) => Promise<LayerIndexRecord>;
   readonly files: (digest: string) => LayerIndexFiles;
+  /** Tag of a copy of the image that names the index, in place of an index that refers to the image. */
+  readonly attachTo?: string;
   /** Told as layers are done, with how many there are. */
   readonly onLayer?: (digest: string, done: number, of: number) => void;
 }
@@ -39,8 +44,10 @@ export interface PublishOptions {
 export interface PublishedArtifact {
   /** Of the artifact's manifest. */
   readonly digest: string;
-  /** Of the image's manifest that it refers to. */
+  /** Of the image's manifest that it refers to, or of the one that a copy was made of. */
   readonly subject: string;
+  /** Digest of what the copy's tag leads to, when one was made. */
+  readonly attached?: string;
   /** Layers in it, and layers of the image. */
   readonly layers: number;
   readonly of: number;
@@ -64,6 +71,7 @@ export async function publishIndex(
   const subjectDigest = sources[0]?.manifestDigest ?? '';
   const repository = { host: image.host, repository: image.repository };
   const subject = await registry.fetchManifest({ ...repository, digest: subjectDigest });
+  if (options.attachTo !== undefined) checkAnnotatable(image, subject);
   const layers: PublishedLayer[] = [];
   let [bytes, pushedBytes] = [0, 0];
   const push = async (body: Buffer): Promise<{ digest: string; size: number }> => {
@@ -91,8 +99,17 @@ export async function publishIndex(
     options.onLayer?.(digest, layers.length, gzip.size);
   }
   const { mediaType, digest, size } = subject;
-  const { config, manifest } = encodeArtifact({ mediaType, digest, size }, layers);
+  const isNamed = options.attachTo !== undefined;
+  const { config, manifest } = encodeArtifact(isNamed ? undefined : { mediaType, digest, size }, layers);
   await push(config.body);
+  const found = { digest: manifest.digest, subject: digest, layers: layers.length, of: sources.length };
+  if (isNamed) {
+    // Registries remove what has neither a tag nor a subject.
+    const tag = `erofs-nbd-index-${manifest.digest.slice('sha256:'.length, 'sha256:'.length + 32)}`;
+    await registry.pushManifest({ ...repository, tag }, manifest.mediaType, manifest.body);
+    const attached = await attach(registry, image, subject, manifest.digest, options.attachTo);
+    return { ...found, attached, bytes, pushedBytes };
+  }
   const artifact = { ...repository, digest: manifest.digest };
   const kept = await registry.pushManifest(artifact, manifest.mediaType, manifest.body);
   if (!kept) {
@@ -103,14 +120,56 @@ export async function publishIndex(
       artifactType: ARTIFACT_TYPE,
     });
   }
-  return {
-    digest: manifest.digest,
-    subject: digest,
-    layers: layers.length,
-    of: sources.length,
-    bytes,
-    pushedBytes,
-  };
+  return { ...found, bytes, pushedBytes };
+}
+
+type Fetched = FetchedManifest & { readonly body: Buffer };
+
+/** @throws {RegistryError} the manifest is of a kind that has no annotations */
+function checkAnnotatable({ host, repository }: Reference, { kind, mediaType, digest }: Fetched): void {
+  if (kind === 'manifest' && mediaType === MANIFEST_TYPE) return;
+  throw new RegistryError(
+    `it is of type ${mediaType}, which has no annotations: an index cannot be attached to it. Convert the image to OCI's types ` +
+      'first ("ctr image convert --oci"), or publish the index without attaching it',
+    { kind: 'invalid', host, repository, object: `manifest ${digest}` },
+  );
+}
+
+/**
+ * Pushes a copy of the image's manifest that names the index, and where the image has several platforms a copy of their index
+ * that names this one; nothing else in them changes.
+ *
+ * @returns digest of what the tag leads to
+ */
+async function attach(
+  registry: PublishingRegistry,
+  image: Reference,
+  subject: Fetched,
+  index: string,
+  tag: string,
+): Promise<string> {
+  const repository = { host: image.host, repository: image.repository };
+  const manifest = JSON.parse(subject.body.toString('utf8')) as { annotations?: Record<string, string> };
+  const annotations = { ...manifest.annotations, [INDEX_ANNOTATION]: index };
+  const body = Buffer.from(JSON.stringify({ ...manifest, annotations }));
+  const top = await registry.fetchManifest(image);
+  if (top.kind !== 'index') {
+    await registry.pushManifest({ ...repository, tag }, subject.mediaType, body);
+    return digestOf(body);
+  }
+  await registry.pushManifest({ ...repository, digest: digestOf(body) }, subject.mediaType, body);
+  const platforms = JSON.parse(top.body.toString('utf8')) as { manifests: OtherEntry[] };
+  const manifests = platforms.manifests.map((entry) =>
+    entry['digest'] === subject.digest ? { ...entry, digest: digestOf(body), size: body.length } : entry,
+  );
+  if (manifests.every((entry, at) => entry === platforms.manifests[at])) {
+    throw new RegistryError('it was pushed anew meanwhile: its index is not attached; try again', {
+      ...{ kind: 'invalid', host: image.host, repository: image.repository, object: `index ${top.digest}` },
+    });
+  }
+  const list = Buffer.from(JSON.stringify({ ...platforms, manifests }));
+  await registry.pushManifest({ ...repository, tag }, top.mediaType, list);
+  return digestOf(list);
 }
 
 /**

@@ -28,8 +28,8 @@ span_size = "16KiB"
 span_size = "64KiB"
 `;
 
-/** Publishes an image's index from a machine of its own. */
-type Publish = (reference: string, publisher: Stack) => Promise<void>;
+/** Publishes an image's index from a machine of its own; says which image has it when that is another one. */
+type Publish = (reference: string, publisher: Stack) => Promise<string | void>;
 
 async function publishWithSoci(reference: string, publisher: Stack): Promise<void> {
   const containerd = await publisher.startContainerd();
@@ -46,11 +46,11 @@ interface Published {
   readonly pushedBytes: number;
 }
 
-async function index(reference: string, out: string): Promise<Published> {
+async function index(reference: string, out: string, ...choices: string[]): Promise<Published> {
   const command = path.join(checkout, 'dist', 'cli', 'main.js');
   const config = path.join(path.dirname(out), 'config.toml');
   await writeFile(config, CONFIGURATION);
-  const choice = ['index', '--push', '--json', '--config', config, '--out', out, reference];
+  const choice = ['index', '--push', '--json', '--config', config, '--out', out, ...choices, reference];
   const { stdout } = await execa(process.execPath, [command, ...choice], { timeout: 120_000 });
   return JSON.parse(stdout) as Published;
 }
@@ -63,10 +63,22 @@ async function publishOurs(reference: string, publisher: Stack): Promise<void> {
   expect(second).toEqual({ ...first, pushedBytes: 0 });
 }
 
+async function attachOurs(reference: string, publisher: Stack): Promise<string> {
+  const out = path.join(publisher.directory, 'out');
+  const made = await index(reference, out, '--attach-by-annotation', 'indexed');
+  // Attached to the same image again, it is the same image.
+  expect(await index(reference, out, '--attach-by-annotation', 'indexed')).toEqual({
+    ...made,
+    pushedBytes: 0,
+  });
+  return reference.replace(/:\w+$/, ':indexed');
+}
+
 const PUBLISHERS: readonly (readonly [string, 'soci' | 'erofs-nbd', Publish, 'tar' | 'tar+gzip'])[] = [
   ['SOCI', 'soci', publishWithSoci, 'tar+gzip'],
   ['SOCI, with plain tar layers', 'soci', publishWithSoci, 'tar'],
   ['erofs-nbd index --push', 'erofs-nbd', publishOurs, 'tar+gzip'],
+  ['erofs-nbd index --attach-by-annotation', 'erofs-nbd', attachOurs, 'tar+gzip'],
 ];
 
 describe.each(PUBLISHERS)('an image whose index was published by %s', (_name, kind, publish, format) => {
@@ -84,7 +96,7 @@ describe.each(PUBLISHERS)('an image whose index was published by %s', (_name, ki
     publisher = await Stack.create();
     registry = await publisher.startRegistry();
     reference = await registry.push(image, 'tiny:latest');
-    await publish(reference, publisher);
+    reference = (await publish(reference, publisher)) ?? reference;
     node = await Stack.create();
     snapshotter = await node.startSnapshotter({ configuration: CONFIGURATION });
     containerd = await node.startContainerd({ snapshotters: [node.plugin()] });
@@ -111,6 +123,7 @@ describe.each(PUBLISHERS)('an image whose index was published by %s', (_name, ki
     const lines = (await log()).split('\n').filter((line) => line.includes('took a published index'));
     expect(lines).toHaveLength(image.layers.length);
     for (const line of lines) expect(line).toContain(`"kind":"${kind}"`);
+    for (const line of lines) expect(line).toContain(`"pinned":${reference.endsWith(':indexed')}`);
     expect(await log()).not.toContain('layer indexed');
     const part = (fetched() - before) / layerBytes(image);
     expect(part).toBeGreaterThan(0.05);
