@@ -45,7 +45,10 @@ const END_INTERVAL = 5;
  * machine that emulates every instruction for others besides has taken over a minute.
  */
 const START_TIMEOUT = 180_000;
-/** Milliseconds that a process found running gets to answer, before it counts as hung and another takes its place. */
+/**
+ * Milliseconds of silence, counted as `SilenceWatch` does, after which a process found running counts as hung and another takes its
+ * place.
+ */
 const SILENCE_TIMEOUT = 10_000;
 /** Milliseconds an orderly end may take; longer than blobserve gives itself. */
 const END_TIMEOUT = 7_000;
@@ -163,16 +166,28 @@ export class BlobServeProcess {
    */
   async find(): Promise<control.HelloResponse | undefined> {
     const recorded = await readIdentity(this.#options.record);
-    const deadline = Date.now() + SILENCE_TIMEOUT;
-    for (;;) {
-      const hello = await this.#ask();
-      if (hello !== undefined) {
-        this.#checkFound(hello);
-        return hello;
+    let isSilent = false;
+    const watch =
+      recorded &&
+      new SilenceWatch({
+        pid: recorded.pid,
+        ask: async (timeoutMs) => (await this.#ask(timeoutMs)) !== undefined,
+        silenceMs: SILENCE_TIMEOUT,
+        onSilent: () => (isSilent = true),
+      });
+    try {
+      for (;;) {
+        const hello = await this.#ask();
+        if (hello !== undefined) {
+          this.#checkFound(hello);
+          return hello;
+        }
+        if (recorded === undefined || !(await isRunning(recorded))) return undefined;
+        if (isSilent) break;
+        await sleep(50);
       }
-      if (recorded === undefined || !(await isRunning(recorded))) return undefined;
-      if (Date.now() > deadline) break;
-      await sleep(50);
+    } finally {
+      watch?.stop();
     }
     this.#log.error({ pid: recorded.pid }, 'the running data plane does not answer: replacing it');
     await signalProcess(recorded, 'SIGKILL');
@@ -240,9 +255,9 @@ export class BlobServeProcess {
     return 0;
   }
 
-  async #ask(): Promise<control.HelloResponse | undefined> {
+  async #ask(timeoutMs = 2000): Promise<control.HelloResponse | undefined> {
     try {
-      return await this.client.hello(2000);
+      return await this.client.hello(timeoutMs);
     } catch {
       return undefined; // nobody there, or not yet
     }
