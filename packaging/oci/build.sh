@@ -2,14 +2,14 @@
 # Makes an OCI image of this checkout: build.sh [DIRECTORY]. Prints the path of a tar of an OCI layout, which `ctr image import` takes.
 #
 # Three layers, so that a new version brings only the last one: what of Debian the program uses (C and C++ library, certificates,
-# busybox for `sh`, `sleep`, `mount`, `modprobe` and `nsenter`), Node.js, the program. For this machine's architecture. Needs
+# mount(8) and umount(8), busybox for `sh`, `sleep`, `modprobe` and `nsenter`), Node.js, the program. For this machine's architecture. Needs
 # `npm ci` to have run, a C++ compiler, and on its first run a Debian mirror. Nothing depends on when or where it is made, but which
 # versions of the Debian packages it has: those of the first run, kept in ${EROFS_NBD_CACHE:-~/.cache/erofs-nbd}/oci-base.
 set -euo pipefail
 CHECKOUT=$(realpath -- "$(dirname -- "$(realpath -- "$0")")/../..")
 SUITE=trixie
-PACKAGES=(libc6 libgcc-s1 libstdc++6 busybox-static ca-certificates)
-APPLETS='sh cat chmod cp env grep head id ln ls mkdir mknod modprobe mount mv nsenter ps readlink rm sed sleep sort stat tail test timeout umount uname wc'
+PACKAGES=(libc6 libgcc-s1 libstdc++6 ca-certificates busybox-static mount libmount1 libblkid1 libselinux1 libpcre2-8-0)
+APPLETS='sh cat chmod cp env grep head id ln ls mkdir mknod modprobe mv nsenter ps readlink rm sed sleep sort stat tail test timeout uname wc'
 
 TARGET=$(realpath -m -- "${1:-.}")
 CACHE=$(realpath -m -- "${EROFS_NBD_CACHE:-$HOME/.cache/erofs-nbd}")/oci-base
@@ -29,6 +29,7 @@ base() {
   (cd "$CACHE" && find . \( -path '*/lib/*-linux-gnu*/*.so*' -o -path '*/lib*/ld-linux*' -o -path '*/share/doc/*/copyright' \) \
     ! -path '*/gconv/*' ! -path '*/audit/*' -print0 | tar -cf - --null -T -) | tar -xf - -C "$root"
   cp "$(find "$CACHE" -name busybox -path '*bin/*' -type f)" "$root/usr/bin/busybox"
+  for name in mount umount; do cp "$(find "$CACHE" -name "$name" -path '*bin/*' -type f)" "$root/usr/bin/$name"; done
   for name in $APPLETS; do ln -s busybox "$root/usr/bin/$name"; done
   find "$CACHE/usr/share/ca-certificates" -name '*.crt' -print0 | LC_ALL=C sort -z | xargs -0 cat >"$root/etc/ssl/certs/ca-certificates.crt"
   echo 'root:x:0:0:root:/root:/bin/sh' >"$root/etc/passwd"
@@ -53,6 +54,8 @@ chroot_loads() { # A library that is missing shows here, where root may chroot.
   [ "$(id -u)" = 0 ] || return 0
   mkdir "$WORK/all"
   cp -al "$WORK"/{base,node,program}/. "$WORK/all/"
+  chroot "$WORK/all" /usr/bin/mount --version >/dev/null
+  chroot "$WORK/all" /usr/bin/umount --version >/dev/null
   chroot "$WORK/all" /usr/bin/erofs-nbd --version
 }
 VERSION=$(chroot_loads)

@@ -73,8 +73,12 @@ async function check(what: string, work: () => Promise<unknown>): Promise<void> 
     count.failed += 1;
     note(`FAILED  ${what}`);
     console.log(`           ${error instanceof Error ? error.message : String(error)}`);
+    console.log(await lastWords());
   }
 }
+
+/** What the service logged last, once there is a machine. */
+let lastWords = (): Promise<string> => Promise.resolve('');
 
 function expectSame(what: string, found: unknown, wanted: unknown): void {
   if (found !== wanted)
@@ -103,6 +107,9 @@ async function test(directory: string): Promise<void> {
     note(`${await machine.run('systemctl', '--version').then((text) => text.split('\n')[0])} is up`);
     for (const file of [things.package, things.nextPackage])
       await execa('cp', [file, path.join(machine.shared, path.basename(file))]);
+    const started = machine;
+    lastWords = async () =>
+      (await started.try('journalctl', '--no-pager', '-o', 'short-monotonic', '-u', UNIT, '-n', '60')).stdout;
     await checks(machine, { ...things, backend, files, watched, tiny });
     if (count.failed > 0) await tellAbout(machine);
   } catch (error) {
