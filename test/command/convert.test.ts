@@ -324,6 +324,18 @@ describe('convert', () => {
     expect(error).toContain(digestOf(layer.blob));
   });
 
+  it('refuses a blob of another digest, also when it unpacks to the right tar', async () => {
+    const layer = gzipped(good);
+    await setRoot('other', { ...(await image('other', [layer])) });
+    const other = Buffer.from(layer.blob);
+    // The system that it was compressed on (RFC 1952).
+    other.writeUInt8(other.readUInt8(9) ^ 1, 9);
+    await writeFile(blobFile('other', digestOf(layer.blob)), other);
+    expect(await refusal('other')).toBe(
+      `layer ${digestOf(layer.blob)}: what came has the digest ${digestOf(other)}`,
+    );
+  });
+
   it('says what an old mkfs.erofs lacks, and where there is a newer one', async () => {
     await writeFile(at('bin', 'old'), '#!/bin/sh\necho "mkfs.erofs 1.7.1"; echo " --tar=[fi]  --aufs"\n', {
       mode: 0o755,
