@@ -10,6 +10,7 @@ import { isClean, leftovers } from '../test/stack/leftovers.js';
 import { Stack } from '../test/stack/stack.js';
 import { bold, closingLine, dim, say } from './narration.js';
 import { removeAbandonedStacks } from '../test/stack/abandoned.js';
+import { PUBLISHED } from './publisher.js';
 import { PREFIX, runDemo, type DemoChoices, type DemoResult } from './run-demo.js';
 
 const USAGE = `usage: npm run demo [-- OPTIONS]
@@ -18,6 +19,8 @@ const USAGE = `usage: npm run demo [-- OPTIONS]
                  cache, and a lazy start with the index alone
   --tar          the same with tar layers
   --fresh-node   tar.gz layers on a node that has never seen them, with an index that another machine has published
+  --with KIND    with --fresh-node, what was published: "erofs-nbd", the default; "soci", by SOCI's own program; "estargz",
+                 no index, but the image converted to eStargz by stargz-snapshotter's own program
   --native       native EROFS layers, compressed with lz4hc: one cold start
   --uncompressed with --native: not compressed
   --overlayfs    containerd's own snapshotter and tar.gz layers, to compare with
@@ -30,6 +33,7 @@ function choose(): DemoChoices | undefined {
     options: {
       ...{ native: flag, uncompressed: flag, tar: flag, overlayfs: flag, 'fresh-node': flag, help: flag },
       report: { type: 'string' },
+      with: { type: 'string' },
     },
   });
   if (values.help) return undefined;
@@ -38,6 +42,10 @@ function choose(): DemoChoices | undefined {
   const freshNode = values['fresh-node'];
   if (freshNode && (values.native || values.tar || values.overlayfs))
     throw new Error('--fresh-node goes with tar.gz layers alone');
+  const published = PUBLISHED.find((kind) => kind === (values.with ?? 'erofs-nbd'));
+  if (published === undefined)
+    throw new Error(`--with ${values.with ?? ''}: it is one of ${PUBLISHED.join(', ')}`);
+  if (values.with !== undefined && !freshNode) throw new Error('--with goes with --fresh-node');
   if (values.report !== undefined && values.overlayfs) throw new Error('--report goes not with --overlayfs');
   if (values.uncompressed && !values.native) throw new Error('--uncompressed goes with --native');
   const native = values.uncompressed ? 'erofs' : 'erofs-lz4hc';
@@ -45,6 +53,7 @@ function choose(): DemoChoices | undefined {
     format: values.native ? native : values.tar ? 'tar' : 'tar+gzip',
     snapshotter: values.overlayfs ? 'overlayfs' : 'erofs-nbd',
     freshNode,
+    published,
     ...(values.report !== undefined && { report: values.report }),
   };
 }

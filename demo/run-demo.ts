@@ -15,18 +15,21 @@ import type { Containerd } from '../test/stack/containerd.js';
 import type { Registry } from '../test/stack/registry.js';
 import type { Snapshotter } from '../test/stack/snapshotter.js';
 import type { Stack } from '../test/stack/stack.js';
+import { PREFIX } from './prefix.js';
 import { runUntilOutput } from './first-output.js';
+import { publish, type PublishedKind } from './publisher.js';
 import { bold, dim, mebibytes, say, step, table } from './narration.js';
 import { checkRequirements } from './requirements.js';
 
-/** First part of the names of private directories, by which an abandoned one is known. */
-export const PREFIX = 'erofs-nbd-demo';
+export { PREFIX };
 
 export interface DemoChoices {
   readonly format: LayerFormat;
   readonly snapshotter: 'erofs-nbd' | 'overlayfs';
   /** The image's index was published from another machine; this one has never seen the image. */
   readonly freshNode: boolean;
+  /** By what it is lazy there. */
+  readonly published: PublishedKind;
   /** Where a page goes that draws what the last container read. */
   readonly report?: string;
 }
@@ -119,8 +122,10 @@ export async function runDemo(
     return [{ snapshotter, containerd }, `containerd ${containerd.version} in ${stack.directory}`];
   });
   signal.throwIfAborted();
-  const node = new Node(choices, image, { ...services, registry, reference });
-  if (choices.freshNode) await publish(stack, reference);
+  const published = choices.freshNode
+    ? await publish(choices.published, image, reference, path.join(stack.directory, 'publisher'))
+    : { image, reference };
+  const node = new Node(choices, published.image, { ...services, registry, reference: published.reference });
   signal.throwIfAborted();
   const classic =
     choices.snapshotter === 'erofs-nbd' && !choices.format.startsWith('erofs') && !choices.freshNode;
@@ -148,18 +153,6 @@ async function threeStarts(node: Node, signal: AbortSignal): Promise<Start[]> {
   await node.removeImage();
   await node.dropCache();
   return [first, second, await node.start('-3')];
-}
-
-/** What whoever builds the image does once, anywhere. */
-async function publish(stack: Stack, reference: string): Promise<void> {
-  await step('erofs-nbd index --push', async () => {
-    const command = path.join(checkout, 'dist', 'cli', 'main.js');
-    const out = path.join(stack.directory, 'publisher');
-    const choice = ['index', '--push', '--json', '--out', out, reference];
-    const { stdout } = await execa(process.execPath, [command, ...choice]);
-    const { layers, bytes } = JSON.parse(stdout) as { layers: number; bytes: number };
-    return [undefined, `${layers} layers, ${mebibytes(bytes)}, as if from another machine`];
-  });
 }
 
 /** Draws what the container has read. */

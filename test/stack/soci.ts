@@ -17,9 +17,13 @@ export class Soci {
     return new Soci(await sociProgram(), containerd, directory);
   }
 
-  /** Makes the index of an image that this containerd has pulled, all its layers, however small. */
-  async index(reference: string): Promise<void> {
-    await this.#run('create', '--span-size', '65536', '--min-layer-size', '0', reference);
+  /**
+   * Makes the index of an image whose blobs this containerd has, all its layers, however small.
+   *
+   * @param spanSize uncompressed bytes between two checkpoints
+   */
+  async index(reference: string, spanSize = 65_536): Promise<void> {
+    await this.#run('create', '--span-size', String(spanSize), '--min-layer-size', '0', reference);
   }
 
   async push(reference: string): Promise<void> {

@@ -1,0 +1,80 @@
+/**
+ * What whoever builds an image does once, anywhere, so that a node that has never seen it starts it lazily: on another machine,
+ * which is gone before the node pulls.
+ */
+import path from 'node:path';
+import { execa } from 'execa';
+import { checkout } from '../test/debian/packages.js';
+import { layerBytes, type Image } from '../test/image/oci-layout.js';
+import { convertToEstargz, layersInRegistry } from '../test/stack/ctr-remote.js';
+import { Soci } from '../test/stack/soci.js';
+import { Stack } from '../test/stack/stack.js';
+import { mebibytes, step } from './narration.js';
+import { PREFIX } from './prefix.js';
+
+export const PUBLISHED = ['erofs-nbd', 'soci', 'estargz'] as const;
+export type PublishedKind = (typeof PUBLISHED)[number];
+
+/** Of SOCI's spans and of eStargz' chunks: what a random read fetches and inflates; as large as the spans of our own index. */
+const SPAN_SIZE = 512 * 1024;
+
+/** An image as nodes pull it. */
+interface PublishedImage {
+  readonly image: Image;
+  readonly reference: string;
+}
+
+/**
+ * @param reference of the image in a registry
+ * @param scratch a directory that is not there
+ * @returns what is to be pulled: another image when it had to be converted
+ */
+export async function publish(
+  kind: PublishedKind,
+  image: Image,
+  reference: string,
+  scratch: string,
+): Promise<PublishedImage> {
+  if (kind === 'erofs-nbd') {
+    await step('erofs-nbd index --push', async () => {
+      const command = path.join(checkout, 'dist', 'cli', 'main.js');
+      const choice = ['index', '--push', '--json', '--out', scratch, reference];
+      const { stdout } = await execa(process.execPath, [command, ...choice]);
+      const { layers, bytes } = JSON.parse(stdout) as { layers: number; bytes: number };
+      return [undefined, `${layers} layers, ${mebibytes(bytes)}, as if from another machine`];
+    });
+    return { image, reference };
+  }
+  const publisher = await Stack.create(`${PREFIX}-publisher`);
+  try {
+    return kind === 'soci'
+      ? await publishWithSoci(publisher, image, reference)
+      : await convert(publisher, image, reference);
+  } finally {
+    await publisher.remove();
+  }
+}
+
+async function publishWithSoci(publisher: Stack, image: Image, reference: string): Promise<PublishedImage> {
+  await step('soci create, soci push', async ({ note }) => {
+    note('SOCI from sid: 10 MB the first time');
+    const containerd = await publisher.startContainerd();
+    await containerd.ctr('content', 'fetch', '--plain-http', reference);
+    const soci = await Soci.create(containerd, path.join(publisher.directory, 'soci'));
+    await soci.index(reference, SPAN_SIZE);
+    await soci.push(reference);
+    return [undefined, 'its index refers to the image, which stays as it is'];
+  });
+  return { image, reference };
+}
+
+async function convert(publisher: Stack, image: Image, reference: string): Promise<PublishedImage> {
+  const target = reference.replace(/:[^:/]+$/, ':estargz');
+  return step('ctr-remote images convert --estargz', async ({ note }) => {
+    note('stargz-snapshotter from sid: 20 MB the first time');
+    const containerd = await publisher.startContainerd();
+    await convertToEstargz(containerd, reference, target, '--estargz-chunk-size', String(SPAN_SIZE));
+    const converted = { ...image, layers: await layersInRegistry(target) };
+    return [{ image: converted, reference: target }, `${mebibytes(layerBytes(converted))}, another image`];
+  });
+}
