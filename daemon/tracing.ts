@@ -2,7 +2,7 @@
  * Spans of what the daemons do, for OpenTelemetry, when somebody wants them: `[tracing]` in the configuration, or the standard
  * variables OTEL_EXPORTER_OTLP_ENDPOINT and OTEL_EXPORTER_OTLP_TRACES_ENDPOINT.
  *
- * The packages are loaded only then (17 MB of memory in each daemon), and need not be installed otherwise. While it is off,
+ * The packages are loaded only then (some 8 MB of memory in each daemon), and need not be installed otherwise. While it is off,
  * `traced` calls the work it was given, and everything else is a comparison with `undefined`.
  */
 import type * as Api from '@opentelemetry/api';

@@ -3,46 +3,21 @@
  * The daemon `erofs-nbd-snapshotter`, in the foreground.
  */
 import process from 'node:process';
-import { Command, Option } from 'commander';
 import { ConfigurationError, loadConfiguration } from '../daemon/configuration.js';
-import { createLogger, LOG_LEVELS } from '../daemon/log.js';
+import { createLogger } from '../daemon/log.js';
 import { closeTracing, openTracing } from '../daemon/tracing.js';
-import { VERSION } from '../daemon/version.js';
 import { MetadataError } from '../metadata/errors.js';
 import { RootInUseError } from '../metadata/root-lock.js';
+import { snapshotterCommand, type CommandLine } from './command-line.js';
 import { Daemon, LayersInUseError } from './daemon.js';
 import { ServiceManager } from './service-manager.js';
 import { SocketError } from './socket.js';
 
-interface CommandLine {
-  config?: string;
-  root?: string;
-  address?: string;
-  logLevel?: string;
-  teardown?: true;
-  force?: true;
-  handover?: true;
-}
-
-const command = new Command('erofs-nbd-snapshotter')
-  .description('containerd snapshotter that starts containers without waiting for their images')
-  .version(VERSION)
-  .option('--config <file>', 'configuration file (default: /etc/erofs-nbd/config.toml, which may be absent)')
-  .option('--root <directory>', 'where snapshots, cache and database live (default: /var/lib/erofs-nbd)')
-  .option('--address <socket>', 'socket for containerd (default: /run/erofs-nbd/snapshotter.sock)')
-  .addOption(new Option('--log-level <level>', 'how much to log').choices([...LOG_LEVELS]))
-  .option(
-    '--teardown',
-    'detach every layer, end the data plane, and exit: before an uninstall; refused while snapshots use layers',
-  )
-  .option('--force', 'with --teardown: also while snapshots use layers; containers that run lose their files')
-  .option('--handover', 'replace the running data plane by a new one, which takes its devices over')
-  .showHelpAfterError()
-  .configureOutput({ outputError: (text, write) => write(text) })
-  .exitOverride((error) => process.exit(error.exitCode === 0 ? 0 : 2));
-
 async function main(): Promise<void> {
-  const options = command.parse().opts<CommandLine>();
+  const options = snapshotterCommand()
+    .exitOverride((error) => process.exit(error.exitCode === 0 ? 0 : 2))
+    .parse()
+    .opts<CommandLine>();
   const { config, root, address, logLevel } = options;
   const configuration = loadConfiguration(config, {
     ...(root === undefined ? {} : { root }),

@@ -1,10 +1,11 @@
 /** That the pages name the commands and options there are, and no others. */
-import { readdirSync, readFileSync } from 'node:fs';
+import { existsSync, readdirSync, readFileSync } from 'node:fs';
 import { homedir } from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { describe, expect, it } from 'vitest';
 import { formatPlatform, machinePlatform } from '../../blobserve/registry/platform.js';
+import { snapshotterCommand } from '../../snapshotter/command-line.js';
 import { EXIT } from '../failure.js';
 import { createProgram } from '../program.js';
 import { commandsPage } from './markdown.js';
@@ -23,7 +24,7 @@ const pages = new Map(
 
 describe('docs/commands.md', () => {
   it('lists exactly the commands and options that there are', async () => {
-    const page = commandsPage(program, {
+    const page = commandsPage(program, snapshotterCommand(), {
       [homedir()]: '~',
       [formatPlatform(machinePlatform())]: 'linux/amd64',
     });
@@ -57,6 +58,31 @@ describe('the pages', () => {
       return !options.some(({ long }) => long === option);
     });
     expect(unknown).toEqual([]);
+  });
+
+  it('link to pages and headings that there are', () => {
+    const slug = (heading: string): string =>
+      heading
+        .toLowerCase()
+        .replace(/[^\p{L}\p{N}_\- ]/gu, '')
+        .replaceAll(' ', '-');
+    const headings = (text: string): string[] =>
+      [...text.replace(/```[\s\S]*?```/g, '').matchAll(/^#+ (.*)$/gm)].map(([, heading = '']) =>
+        slug(heading),
+      );
+    const broken = [...pages].flatMap(([page, text]) =>
+      [...text.matchAll(/\]\((?!https?:)([^)\s#]*)(?:#([^)\s]*))?\)/g)].flatMap(
+        ([link, target = '', anchor]) => {
+          const file = target === '' ? page : path.join(path.dirname(page), target);
+          if (!existsSync(path.join(docs, file))) return [{ page, link }];
+          const known = pages.get(file);
+          return anchor === undefined || known === undefined || headings(known).includes(anchor)
+            ? []
+            : [{ page, link }];
+        },
+      ),
+    );
+    expect(broken).toEqual([]);
   });
 
   it('have operating.md tell of every command, and of every exit code', () => {
