@@ -5,6 +5,8 @@
 import { createHash } from 'node:crypto';
 import { execFile } from 'node:child_process';
 import { mkdir, readdir, readFile, rm, writeFile } from 'node:fs/promises';
+import http from 'node:http';
+import type { AddressInfo } from 'node:net';
 import path from 'node:path';
 import { gunzipSync } from 'node:zlib';
 import { execa } from 'execa';
@@ -197,6 +199,41 @@ describe('convert', () => {
     const { digest, images } = await converted(source, to('team/both:2'));
     expect(images[0]?.layers.map(({ outcome }) => outcome)).toEqual(['there', 'there', 'there']);
     expect(digest).toBe((await readLayout(at('layout')))?.manifest.digest);
+  });
+
+  test('sends a layer again when the connection breaks on the way', async () => {
+    const [host = '', port] = registry.directAddress.split(':');
+    let broken = '';
+    const proxy = http.createServer((request, response) => {
+      const { method = '', url = '', headers } = request;
+      const digest = /[?&]digest=([^&]+)/.exec(url)?.[1];
+      // Once, when a part of it has come.
+      if (method === 'PUT' && digest !== undefined && broken === '') {
+        broken = decodeURIComponent(digest);
+        request.once('data', () => request.socket.resetAndDestroy());
+        return;
+      }
+      const onward = http.request({ host, port, method, path: url, headers }, (answer) => {
+        response.writeHead(answer.statusCode ?? 500, answer.headers);
+        answer.pipe(response);
+      });
+      onward.on('error', () => response.destroy());
+      request.pipe(onward);
+    });
+    await new Promise<void>((resolve) => proxy.listen(0, '127.0.0.1', resolve));
+    try {
+      const { port: own } = proxy.address() as AddressInfo;
+      const { digest } = await converted(`oci:${at('layout')}:1`, `127.0.0.1:${own}/team/broken:1`);
+      expect(broken).toBe((await readLayout(at('layout')))?.layers[0]?.digest);
+      const accept = 'application/vnd.oci.image.manifest.v1+json';
+      const answer = await fetch(`http://${registry.directAddress}/v2/team/broken/manifests/${digest}`, {
+        headers: { accept },
+      });
+      expect(answer.status).toBe(200);
+    } finally {
+      proxy.closeAllConnections();
+      proxy.close();
+    }
   });
 
   test('leaves nothing behind when it is interrupted', async () => {
