@@ -64,7 +64,7 @@ const MESSAGE_MAX = 2000;
 const PROGRESS_INTERVAL = 200;
 
 /** Calls that get a span; the others are made all the time, and tell something. */
-const TRACED = new Set(['Describe', 'Attach', 'Detach', 'Prefetch', 'CollectGarbage']);
+const TRACED = new Set(['Describe', 'Attach', 'Detach', 'Prefetch', 'Verify', 'CollectGarbage']);
 
 class NotAttachedError extends Error {
   override readonly name = 'NotAttachedError';

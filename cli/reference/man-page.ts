@@ -10,7 +10,7 @@ import { EXIT } from '../failure.js';
 
 const EXIT_MEANINGS: Readonly<Record<keyof typeof EXIT, string>> = {
   done: 'It is done.',
-  failed: 'It failed, or doctor found something wrong. One line on standard error says what.',
+  failed: 'It failed, or doctor or verify found something wrong. One line on standard error says what.',
   usage: 'It was called wrongly: an option, an argument or a combination of them.',
   interrupted: 'It was interrupted by SIGINT (Ctrl-C), and has left nothing behind.',
   terminated: 'The same by SIGTERM.',
