@@ -13,6 +13,8 @@ export const TARGETS = [
   'zinfo',
   'zwin',
   'resume',
+  'estargz',
+  'chunks',
 ] as const;
 export type FuzzTarget = (typeof TARGETS)[number];
 

@@ -14,6 +14,8 @@ const CASES = {
   zinfo: 200,
   zwin: 200,
   resume: 25,
+  estargz: 200,
+  chunks: 100,
 } as const;
 
 describe.skipIf(!existsSync(program))('hostile input', () => {

@@ -54,29 +54,10 @@ export async function importEstargz(
   member: Buffer,
   options: EstargzImportOptions,
 ): Promise<LayerIndexRecord> {
-  const { files, digest, size, diffId, tocStart, tocEnd, maxUncompressedBytes, maxEntries } = options;
+  const { files, digest, size, diffId } = options;
   await clearIndex(files);
   try {
-    const { entry, json } = openToc(member, options);
-    const tocDigest = createHash('sha256').update(json).digest();
-    const named = `sha256:${tocDigest.toString('hex')}`;
-    if (options.tocDigest !== undefined && options.tocDigest !== named) {
-      throw new EstargzError(`its table of contents has ${named}, the image says ${options.tocDigest}`);
-    }
-    const toc = new Toc(json, tocStart, { maxEntries, maxDataBytes: maxUncompressedBytes });
-    // The table is a file of the tar too, and has no entry for itself.
-    const at = Math.ceil(toc.dataSize / 512) * 512;
-    const own: TocChunk = {
-      at,
-      size: json.length,
-      start: tocStart,
-      inner: entry.dataOffset,
-      digest: tocDigest,
-    };
-    const dataSize = at + json.length;
-    const image = tarindexOf([...toc.entries, { ...entry, dataOffset: at }], dataSize, maxEntries);
-    const chunks = withEnds([...toc.chunks, own], tocEnd);
-    const table = encodeChunkTable('gzip', { blob: size, data: dataSize }, toc.wantedFirst, chunks);
+    const { image, table, dataSize, tocDigest } = makeEstargzIndex(member, options);
     await writeIndexFile(files.tarindex, image);
     await writeIndexFile(files.chunks, table);
     return {
@@ -90,7 +71,7 @@ export async function importEstargz(
       tarindexDigest: sha256(image),
       chunksDigest: sha256(table),
       deviceSize: image.length + Math.ceil(dataSize / 512) * 512,
-      origin: { kind: 'estargz', digest: named },
+      origin: { kind: 'estargz', digest: tocDigest },
     };
   } catch (error) {
     await clearIndex(files);
@@ -98,10 +79,44 @@ export async function importEstargz(
   }
 }
 
+/** The files of an index, not yet written. */
+export interface EstargzIndex {
+  /** The tarindex, looked through as one of others is. */
+  readonly image: Buffer;
+  /** The table of chunks, and how many bytes it has places for. */
+  readonly table: Buffer;
+  readonly dataSize: number;
+  /** Digest of the table's JSON. */
+  readonly tocDigest: string;
+}
+
+/** @throws as {@link importEstargz} does */
+export function makeEstargzIndex(
+  member: Buffer,
+  options: Omit<EstargzImportOptions, 'files' | 'digest' | 'diffId'>,
+): EstargzIndex {
+  const { size, tocStart, tocEnd, maxUncompressedBytes, maxEntries } = options;
+  const { entry, json } = openToc(member, options);
+  const digest = createHash('sha256').update(json).digest();
+  const tocDigest = `sha256:${digest.toString('hex')}`;
+  if (options.tocDigest !== undefined && options.tocDigest !== tocDigest) {
+    throw new EstargzError(`its table of contents has ${tocDigest}, the image says ${options.tocDigest}`);
+  }
+  const toc = new Toc(json, tocStart, { maxEntries, maxDataBytes: maxUncompressedBytes });
+  // The table is a file of the tar too, and has no entry for itself.
+  const at = Math.ceil(toc.dataSize / 512) * 512;
+  const own: TocChunk = { at, size: json.length, start: tocStart, inner: entry.dataOffset, digest };
+  const dataSize = at + json.length;
+  const image = tarindexOf([...toc.entries, { ...entry, dataOffset: at }], dataSize, maxEntries);
+  const chunks = withEnds([...toc.chunks, own], tocEnd);
+  const table = encodeChunkTable('gzip', { blob: size, data: dataSize }, toc.wantedFirst, chunks);
+  return { image, table, dataSize, tocDigest };
+}
+
 /** The table's entry in its own tar, and its JSON. */
 function openToc(
   member: Buffer,
-  { tocStart, maxTocBytes }: EstargzImportOptions,
+  { tocStart, maxTocBytes }: Pick<EstargzImportOptions, 'tocStart' | 'maxTocBytes'>,
 ): { entry: TarEntry; json: Buffer } {
   let tar: Buffer;
   try {
