@@ -79,7 +79,7 @@ export class LayerPaths {
   readonly #options: LayerPathsOptions;
   readonly #inflated: InflatedCache;
   /** What indexing a layer fetched, by digest, until its device counts it. */
-  readonly #indexTraffic = new LRUCache<string, RegistryRangeReader['traffic']>({ max: INDEXED_MAX });
+  readonly #indexTraffic = new LRUCache<string, RegistryRangeReader['traffic'][]>({ max: INDEXED_MAX });
 
   constructor(options: LayerPathsOptions) {
     this.#options = options;
@@ -127,7 +127,7 @@ export class LayerPaths {
       ...request,
       open: async () => {
         const { cache, range } = await this.#options.blobs.open(source);
-        this.#indexTraffic.set(digest, range.traffic);
+        this.#countIndexing(digest, range);
         return { reader: this.#readahead(cache), forget: () => cache.forget() };
       },
       published: (files) => this.#publishedIndex(source, files),
@@ -171,9 +171,23 @@ export class LayerPaths {
     };
     return this.#options.published.make(request, files, async () => {
       const { cache, range } = await this.#options.blobs.open(source);
-      this.#indexTraffic.set(request.digest, range.traffic);
+      this.#countIndexing(request.digest, range);
       return cache;
     });
+  }
+
+  /** A layer is looked at for a published index, and then read for one of ours: what came for the first is not asked for again. */
+  #countIndexing(digest: string, { traffic }: Pick<RegistryRangeReader, 'traffic'>): void {
+    this.#indexTraffic.set(digest, [...(this.#indexTraffic.get(digest) ?? []), traffic]);
+  }
+
+  #trafficOfIndexing(digest: string): RegistryRangeReader['traffic'] {
+    const all = this.#indexTraffic.get(digest) ?? [];
+    this.#indexTraffic.delete(digest);
+    return all.reduce(
+      (sum, { requests, bytes }) => ({ requests: sum.requests + requests, bytes: sum.bytes + bytes }),
+      { requests: 0, bytes: 0 },
+    );
   }
 
   async #openNative(source: Source, checked: boolean, signal: AbortSignal): Promise<LayerPath> {
@@ -236,8 +250,7 @@ export class LayerPaths {
     const name = `layer ${source.layerDigest ?? ''}`;
     const record = await abortable(this.index(source), signal);
     await checkMounted(name, this.#options.indexer.files(record.digest), record, mounted);
-    const indexing = this.#indexTraffic.get(record.digest);
-    this.#indexTraffic.delete(record.digest);
+    const indexing = this.#trafficOfIndexing(record.digest);
     const files = this.#options.indexer.files(record.digest);
     const blob = await this.#options.blobs.open(source);
     const {
@@ -251,9 +264,8 @@ export class LayerPaths {
       if (this.#options.configuration.integrity.verify === 'strict' && !verifiable) {
         await abortable(this.#options.blobs.complete(blob), signal);
       }
-      const before = indexing ?? { requests: 0, bytes: 0 };
       const device = new SwitchReader(name, whole);
-      const path = this.#path(blob, device, before);
+      const path = this.#path(blob, device, indexing);
       const ended = new AbortController();
       const confirmed =
         record.origin === undefined
