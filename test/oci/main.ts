@@ -186,6 +186,28 @@ async function checks(scene: Scene): Promise<void> {
     expectSame('complaints', witness.complaints.join('\n'), '');
     return Promise.resolve();
   });
+  const lost =
+    backend === 'fuse' ? 'a container that runs loses its files' : 'a container that runs reads on';
+  await check(`all of it killed, the keeper too: ${lost}, and new ones run`, async () => {
+    await containerd.ctr('run', '-d', '--snapshotter', 'erofs-nbd', tiny, 'bystander', 'sleep', '3600');
+    const all = [await snapshotter.serving(), await snapshotter.keeper()];
+    for (const pid of [...all, await snapshotter.mainPid(containerd)])
+      if (pid !== undefined) process.kill(pid, 'SIGKILL');
+    await snapshotter.remove(containerd);
+    await snapshotter.start(containerd);
+    await newContainer();
+    // All of its files: most were not read before.
+    const everything = 'find / -xdev -type f -exec cat {} + >/dev/null';
+    const look = ['task', 'exec', '--exec-id', 'look', 'bystander', 'sh', '-c', everything];
+    const reads = await containerd.ctr(...look).then(
+      () => true,
+      () => false,
+    );
+    await containerd.ctr('task', 'kill', '--signal', 'SIGKILL', 'bystander');
+    await containerd.ctr('task', 'rm', '--force', 'bystander').catch(() => undefined);
+    await containerd.ctr('container', 'rm', 'bystander');
+    expectSame('it reads', reads, backend === 'nbd');
+  });
   await check('with nothing attached, its end is the end of all', async () => {
     await until('the container has ended', async () => {
       const { stdout } = await containerd.ctr('task', 'ls');

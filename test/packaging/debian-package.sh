@@ -5,12 +5,13 @@
 #   without one: installed, the daemon started, upgraded, removed, purged, and a look at what is left. In bookworm, apt has to say
 #   of the other that Node.js is too old.
 # - The same packages under a systemd that runs (test/systemd), with a container that reads.
+# - The OCI image as a container of a containerd that it serves (test/oci).
 # - `npm install --global` of what `npm pack` makes.
 #
-#   debian-package.sh [roots] [systemd] [npm]     default: all. Needs root, debootstrap and a Debian mirror
+#   debian-package.sh [roots] [systemd] [oci] [npm]     default: all. Needs root, debootstrap and a Debian mirror
 set -uo pipefail
 cd "$(dirname -- "$(realpath -- "$0")")/../.."
-[ $# -gt 0 ] || set -- roots systemd npm
+[ $# -gt 0 ] || set -- roots systemd oci npm
 MIRROR=${EROFS_NBD_DEBIAN_MIRROR:-http://deb.debian.org/debian}
 CACHE=$(realpath -m -- "${EROFS_NBD_CACHE:-$HOME/.cache/erofs-nbd}")/roots
 unset NODE_EXTRA_CA_CERTS NODE_OPTIONS
@@ -159,9 +160,9 @@ roots() {
   umount -R "$WORK/root"
 }
 
-under_systemd() { # arguments of the test
+counted() { # a program of dist/test, its arguments: what it counts is counted
   local said
-  said=$(node dist/test/systemd/main.js "$@" | tee /dev/stderr | tail -n 1)
+  said=$(node --enable-source-maps "dist/test/$1/main.js" "${@:2}" | tee /dev/stderr | tail -n 1)
   local counts
   counts=$(node -p 'const { passed, failed } = JSON.parse(process.argv[1]); `${passed} ${failed}`' "$said") || counts='0 1'
   passed=$((passed + ${counts% *})) failed=$((failed + ${counts#* }))
@@ -190,12 +191,13 @@ for part; do
   case $part in
     roots) roots ;;
     systemd)
-      under_systemd --suite bookworm --with-node
-      under_systemd --suite trixie --with-node
+      counted systemd --suite bookworm --with-node
+      counted systemd --suite trixie --with-node
       ;;
+    oci) counted oci ;;
     npm) from_npm ;;
     *)
-      echo "debian-package.sh: $part: expected roots, systemd or npm" >&2
+      echo "debian-package.sh: $part: expected roots, systemd, oci or npm" >&2
       exit 2
       ;;
   esac
