@@ -185,7 +185,7 @@ describe('a table of contents that nothing but the layer names', () => {
     stack = await Stack.create();
     registry = await stack.startRegistry();
     snapshotter = await stack.startSnapshotter({
-      configuration: 'version = 1\n[background]\ndelay = "0s"\n',
+      configuration: 'version = 1\n[background]\ndelay = "0s"\n[fuse]\nattach_timeout = "2s"\n',
     });
     containerd = await stack.startContainerd({ snapshotters: [stack.plugin()] });
   });
@@ -232,6 +232,11 @@ describe('a table of contents that nothing but the layer names', () => {
       .poll(log, { timeout: 60_000 })
       .toMatch(/shows something else than the layer has \(\/(safe|evil)/);
     expect(await read('rest')).toContain('Input/output error');
+    // Another data plane makes the layer's own index, which is not the one that the kernel has.
+    process.kill((await snapshotter.hello())?.pid ?? 0, 'SIGKILL');
+    await expect
+      .poll(log, { timeout: patience(30_000) })
+      .toMatch(/it is mounted with the index sha256:\w+, which is not here any more/);
     await remove(reference);
     await containerd.ctr('image', 'pull', '--plain-http', '--snapshotter', 'erofs-nbd', reference);
     expect(await log()).toContain('a published index that lied about the layer before is not used');
