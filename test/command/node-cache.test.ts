@@ -6,6 +6,7 @@ import { spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { writeFile } from 'node:fs/promises';
 import path from 'node:path';
+import { execa } from 'execa';
 import { afterAll, beforeAll, describe, expect, it, vi } from 'vitest';
 import { FaultServer, hang } from '../fault-server.js';
 import type { Image } from '../image/oci-layout.js';
@@ -104,6 +105,11 @@ describe('an image of tar.gz layers', () => {
     expect(again.stderr.split('\n').filter((line) => line.endsWith(': here'))).toHaveLength(
       image.layers.length,
     );
+
+    // On a terminal: a bar, and the cursor back at its end.
+    const typed = [process.execPath, COMMAND, 'prefetch', ...node, reference].join(' ');
+    const terminal = (await execa('script', ['-qec', typed, '/dev/null'], { stdin: 'ignore' })).stdout;
+    expect(terminal).toMatch(/█+ 100 % of [\d.]+ MiB[^]*\[\?25h[^]*layers are here/);
 
     const choice = ['--snapshotter', snapshotter.plugin.name];
     await containerd.ctr('image', 'pull', '--plain-http', ...choice, reference);
