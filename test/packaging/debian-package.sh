@@ -14,7 +14,6 @@ cd "$(dirname -- "$(realpath -- "$0")")/../.."
 [ $# -gt 0 ] || set -- roots systemd oci npm
 MIRROR=${EROFS_NBD_DEBIAN_MIRROR:-http://deb.debian.org/debian}
 CACHE=$(realpath -m -- "${EROFS_NBD_CACHE:-$HOME/.cache/erofs-nbd}")/roots
-unset NODE_EXTRA_CA_CERTS NODE_OPTIONS
 passed=0 failed=0 DAEMON=
 WORK=$(mktemp -d /var/tmp/erofs-nbd-package-XXXXXX)
 
@@ -78,9 +77,10 @@ no_process_left() {
   return "$left"
 }
 nothing_left() { [ -z "$(left_over | tee /dev/stderr)" ]; }
-inside() { DEBIAN_FRONTEND=noninteractive chroot "$WORK/root" "$@"; }
+# The certificates of this machine's proxies are of no use in there.
+inside() { env -u NODE_EXTRA_CA_CERTS -u NODE_OPTIONS DEBIAN_FRONTEND=noninteractive chroot "$WORK/root" "$@"; }
 answers() { # until the daemon's socket does
-  timeout 60 bash -c 'until chroot "$0" erofs-nbd status --json 2>/dev/null | grep -q "{"; do sleep 0.2; done' "$WORK/root"
+  timeout 60 bash -c 'until env -u NODE_OPTIONS -u NODE_EXTRA_CA_CERTS chroot "$0" erofs-nbd status --json 2>/dev/null | grep -q "{"; do sleep 0.2; done' "$WORK/root"
 }
 refuses() { # text, command...: it fails, and says so
   local text=$1
@@ -116,7 +116,7 @@ from_start_to_end() { # name of the package, program of its daemons, another fla
   check "$name is installed" install_package "$name"
   check 'its commands are there' inside sh -c 'erofs-nbd --version && erofs-nbd-snapshotter --version'
   check 'the service is enabled' test -L "$WORK/root/etc/systemd/system/multi-user.target.wants/erofs-nbd-snapshotter.service"
-  chroot "$WORK/root" erofs-nbd-snapshotter >"$WORK/daemon" 2>&1 &
+  env -u NODE_EXTRA_CA_CERTS -u NODE_OPTIONS chroot "$WORK/root" erofs-nbd-snapshotter >"$WORK/daemon" 2>&1 &
   DAEMON=$!
   check 'the daemon starts and answers' answers
   check "the daemons are processes of $node" runs_with "$node"
