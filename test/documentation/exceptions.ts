@@ -13,6 +13,7 @@ const OWN_STEP = 'CI runs it as a step of its own (.ci/run)';
 const NO_DOCKER = 'needs a Docker whose containerd is this one: test/clients/docker.test.ts runs it';
 const NO_MKFS =
   'Debian 12’s mkfs.erofs reads no tars: test/system/convert.test.ts and test/command/convert.test.ts convert';
+const NO_CLUSTER = 'there is no cluster';
 const NO_NERDCTL = 'Debian has no nerdctl; test/clients makes its calls with containerd’s Go library';
 
 export const EXCEPTIONS: Readonly<Record<string, Exception>> = {
@@ -25,9 +26,11 @@ export const EXCEPTIONS: Readonly<Record<string, Exception>> = {
   'nerdctl --snapshotter erofs-nbd pull registry.example.com/app:1': { why: NO_NERDCTL },
   'nerdctl --snapshotter erofs-nbd run --rm registry.example.com/app:1': { why: NO_NERDCTL },
   "kubectl get secret pull -o jsonpath='{.data.\\.dockerconfigjson}' | base64 -d > /etc/erofs-nbd/secrets/pull":
-    {
-      why: 'there is no cluster',
-    },
+    { why: NO_CLUSTER },
+  'kubectl label node NODE erofs-nbd.example.com/enabled=true': { why: NO_CLUSTER },
+  'kubectl apply -f packaging/kubernetes/configmap.yaml -f packaging/kubernetes/daemonset.yaml': {
+    why: NO_CLUSTER,
+  },
   'erofs-nbd convert registry.example.com/app:1 registry.example.com/app:1-erofs': { why: NO_MKFS },
   'erofs-nbd convert --platform linux/amd64 --platform linux/arm64 registry.example.com/app:1 oci:/srv/app:1':
     { why: NO_MKFS },
