@@ -179,12 +179,12 @@ from_npm() {
   DAEMON=$!
   echo "root = \"$WORK/npm\"" >"$WORK/npm.toml"
   check 'the daemon starts and answers' timeout 60 bash -c \
-    'until "$0/prefix/bin/erofs-nbd" --config "$0/npm.toml" status --json 2>/dev/null | grep -q "{"; do sleep 0.2; done' "$WORK"
+    'until "$0/prefix/bin/erofs-nbd" status --json --config "$0/npm.toml" 2>/dev/null | grep -q "{"; do sleep 0.2; done' "$WORK"
   kill "$DAEMON"
   wait "$DAEMON"
   DAEMON=
   check 'npm removes it' npm uninstall --global --prefix "$WORK/prefix" erofs-nbd
-  check 'nothing is left' test -z "$(find "$WORK/prefix" -path '*erofs-nbd*')"
+  check 'nothing is left' test -z "$(cd "$WORK/prefix" && find . -path '*erofs-nbd*')"
 }
 
 for part; do
