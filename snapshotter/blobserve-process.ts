@@ -53,7 +53,7 @@ const SILENCE_TIMEOUT = 10_000;
 /** Milliseconds an orderly end may take; longer than blobserve gives itself. */
 const END_TIMEOUT = 7_000;
 /** How often a call is made when the process dies under it each time: it may be what kills it. */
-const CALL_ATTEMPTS = 3;
+const CALL_ATTEMPTS = 4;
 /** What a connection that breaks looks like. */
 const BROKEN: ReadonlySet<grpc.status> = new Set([
   grpc.status.UNAVAILABLE,
