@@ -23,6 +23,7 @@ import type { ResumeDistance } from './layer/gzip/indexer.js';
 import { lockIndex } from './layer/index/index-lock.js';
 import { sweepLeftovers } from './layer/index/leftovers.js';
 import { type LayerScanOptions, scanThreadLimits } from './layer/index/layer-scan.js';
+import { isBegun } from './layer/index/resume-journal.js';
 import type { ScanReply, ScanRequest } from './layer/index/scan-thread.js';
 import { counted } from './metrics.js';
 import { type BlobReader, ReadError } from './readers/blob-reader.js';
@@ -248,7 +249,7 @@ export class LayerIndexer {
           if (error instanceof ReadError) counted.verificationFailures.add('layer');
           blob.forget();
         }
-        if (wrong || scan.kept === 0) await clearIndex(files);
+        if (wrong || !(await isBegun(files.journal))) await clearIndex(files);
         throw error;
       }
       await writeIndexRecord(files, record);
@@ -310,8 +311,6 @@ async function compressionOf(request: IndexRequest, reader: BlobReader): Promise
 class Scanning {
   /** Where in the blob it began. */
   from = 0;
-  /** Bytes of the blob that the next attempt need not inflate. */
-  kept = 0;
   #ahead = 0;
   #offset = 0;
   #reading = false;
@@ -371,7 +370,6 @@ class Scanning {
           void this.#next(worker, fail);
         } else if ('taken' in reply) {
           this.#ahead -= 1;
-          this.kept = reply.kept;
           void this.#next(worker, fail);
         } else if (reply.failed === 'layer') {
           fail(new NotIndexableError(`layer ${digest}: ${reply.message}`));
@@ -397,7 +395,7 @@ class Scanning {
     }
     if (from > 0)
       log.info({ layer, from, bytes: this.request.size }, 'indexing goes on where it was interrupted');
-    this.from = this.kept = this.#offset = from;
+    this.from = this.#offset = from;
   }
 
   async #next(worker: Worker, fail: (error: unknown) => void): Promise<void> {

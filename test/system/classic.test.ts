@@ -53,7 +53,7 @@ describe.each(FORMATS)('an image of %s layers', (format) => {
       expect(await lab.contents()).not.toContain(digest);
     }
     expect((await lab.snapshotter.devices())?.length).toBe(image.layers.length);
-    const files = format === 'tar' ? 2 : 3;
+    const files = format === 'tar' ? 3 : 4;
     expect(await indexFileNames(lab.root)).toHaveLength(files * image.layers.length);
   });
 
@@ -128,7 +128,8 @@ describe.each(FORMATS)('an image of %s layers', (format) => {
 
   notInBrief('gets another index when its index is damaged, with a line saying so', async () => {
     await lab.removeImages(reference);
-    const names = await indexFileNames(lab.root);
+    // All but what says which of them was mounted.
+    const names = (await indexFileNames(lab.root)).filter((name) => !name.endsWith('.mounted'));
     const contents = new Map<string, Buffer>();
     for (const name of names) {
       const file = path.join(layout(lab.root).index, name);

@@ -11,7 +11,7 @@
  * was in memory. It is of use to this version of the program on this machine alone; to another it is no journal.
  */
 import { createHash, type Hash } from 'node:crypto';
-import { type FileHandle, open } from 'node:fs/promises';
+import { type FileHandle, open, stat } from 'node:fs/promises';
 import { deserialize, serialize } from 'node:v8';
 import { deflateRawSync, inflateRawSync } from 'node:zlib';
 import { structure } from '../erofs/structure.js';
@@ -46,6 +46,19 @@ export interface PlainState {
   readonly offset: number;
   /** State of the SHA-256 over them. */
   readonly hash: Buffer;
+}
+
+/**
+ * Whether there is something in a journal: its first bytes are written with its first point. One that was torn there is begun and of no
+ * use, which is found out when it is opened.
+ */
+export async function isBegun(file: string): Promise<boolean> {
+  try {
+    return (await stat(file)).size > 0;
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return false;
+    throw error;
+  }
 }
 
 /** Everything about an indexing at one of its points but the entries of the tar. */
@@ -202,9 +215,9 @@ export class ResumeJournal {
     this.#frame(KIND.POINT, serialize(body));
   }
 
-  /** Whether there is something to write. */
+  /** Whether there is something to write: nothing is before the first point, so that a journal with bytes has one. */
   get waiting(): boolean {
-    return this.#queue.length > 0;
+    return this.#queue.length > 0 && this.#lastPoint > 0;
   }
 
   /**

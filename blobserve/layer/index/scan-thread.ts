@@ -16,8 +16,7 @@ export type ScanRequest = { readonly chunk: Uint8Array } | { readonly end: true 
 export type ScanReply =
   /** The first reply: where in the blob to begin, and why what was kept of an interrupted scan is not gone on with. */
   | { readonly from: number; readonly unusable?: string }
-  /** `kept`: bytes that need not be inflated again after an interruption now. */
-  | { readonly taken: number; readonly kept: number }
+  | { readonly taken: number }
   | { readonly record: LayerIndexRecord }
   /** `layer`: the layer's bytes are at fault; `local`: this machine is. */
   | { readonly failed: 'layer' | 'local'; readonly message: string };
@@ -46,7 +45,7 @@ async function take(request: ScanRequest): Promise<void> {
     return;
   }
   await scan.write(Buffer.from(request.chunk.buffer, request.chunk.byteOffset, request.chunk.byteLength));
-  reply({ taken: request.chunk.byteLength, kept: scan.kept });
+  reply({ taken: request.chunk.byteLength });
 }
 
 let turn: Promise<void> = Promise.resolve();
