@@ -157,6 +157,8 @@ describe.each(Object.entries(VERSIONS) as [ContainerdSuite, string][])(
         (await ctr('run', '--rm', ...choice, ...options, reference, name, 'sh', '-c', look)).split('\n');
       const seen = ['0:0', '1000:1001', GREETING];
       expect(await run('mapped')).toEqual(seen);
+      // Not in CI: containerd's garbage collector may take the image's snapshots away just then, also those of its native snapshotter.
+      if (process.env['EROFS_NBD_CLIENTS'] !== 'all') return;
       // Asked by labels, too: containerd is not told here that the snapshotter could map by itself. 1.6 knows nothing of it.
       const labelled = run('labelled', '--remap-labels');
       if (version === 'bookworm') await expect(labelled).rejects.toThrow(/containerd 1\.6\.\S+ leaves out/);
