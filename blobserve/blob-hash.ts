@@ -2,9 +2,8 @@
  * Hashes a blob on the local disk: its digest, and of each span a SHA-256 and a CRC-32. It waits for the disk and for its own
  * arithmetic, so it runs on a thread of its own (blob-hash-thread.ts).
  */
-import { createHash } from 'node:crypto';
-import { closeSync, openSync, readSync } from 'node:fs';
-import { crc32 } from 'node:zlib';
+import { statSync } from 'node:fs';
+import { hashRanges } from './range-hash.js';
 
 export interface BlobHashRequest {
   readonly path: string;
@@ -26,27 +25,12 @@ export interface BlobHashes {
 
 /** @throws the error of the system call that failed, or that the file is too short */
 export function hashBlob({ path, algorithm, size, spanSize }: BlobHashRequest): BlobHashes {
-  const count = Math.ceil(size / spanSize);
-  const spanDigests = new Uint8Array(32 * count);
-  const spanCrcs = new Uint32Array(count);
-  const whole = createHash(algorithm);
-  const buffer = Buffer.alloc(Math.min(spanSize, Math.max(1, size)));
-  const descriptor = openSync(path, 'r');
-  try {
-    for (let span = 0; span < count; span++) {
-      const at = span * spanSize;
-      const bytes = buffer.subarray(0, Math.min(spanSize, size - at));
-      for (let filled = 0; filled < bytes.length;) {
-        const got = readSync(descriptor, bytes, filled, bytes.length - filled, at + filled);
-        if (got === 0) throw new Error(`${path}: it ends at ${at + filled}, ${size} bytes were expected`);
-        filled += got;
-      }
-      whole.update(bytes);
-      spanDigests.set(createHash('sha256').update(bytes).digest(), 32 * span);
-      spanCrcs[span] = crc32(bytes);
-    }
-  } finally {
-    closeSync(descriptor);
-  }
-  return { digest: `${algorithm}:${whole.digest('hex')}`, spanDigests, spanCrcs };
+  const { size: there } = statSync(path);
+  if (there < size) throw new Error(`${path}: it ends at ${there}, ${size} bytes were expected`);
+  const ranges = Array.from({ length: Math.ceil(size / spanSize) }, (_, span) => ({
+    start: span * spanSize,
+    end: Math.min((span + 1) * spanSize, size),
+  }));
+  const { sha256, crcs, whole } = hashRanges({ path, ranges, whole: algorithm }, () => undefined);
+  return { digest: whole ?? '', spanDigests: sha256, spanCrcs: crcs };
 }

@@ -10,6 +10,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import pLimit from 'p-limit';
 import type { Logger } from '../daemon/log.js';
 import { control } from '../proto/messages.js';
+import { CallsUnderWay } from './calls-under-way.js';
 import type { LayerBlob, LayerBlobs } from './layer-blobs.js';
 import { NotIndexableError } from './layer-indexer.js';
 import { isClassic, type LayerLookup } from './layer-lookup.js';
@@ -47,8 +48,7 @@ export class NoRoomError extends Error {
 
 export class Prefetches {
   readonly #options: PrefetchOptions;
-  readonly #closing = new AbortController();
-  readonly #underWay = new Set<Promise<unknown>>();
+  readonly #calls = new CallsUnderWay();
 
   constructor(options: PrefetchOptions) {
     this.#options = options;
@@ -63,24 +63,16 @@ export class Prefetches {
    * @throws {RegistryError | ReadError} it cannot be had, or is not what its digest says
    * @throws {NoRoomError} before anything is fetched
    */
-  async prefetch(
+  prefetch(
     request: control.PrefetchRequest,
     onProgress: (progress: control.PrefetchProgress.$Properties) => void,
     signal: AbortSignal,
   ): Promise<control.PrefetchProgress.$Properties> {
-    const either = AbortSignal.any([signal, this.#closing.signal]);
-    const work = this.#prefetch(request, onProgress, either);
-    this.#underWay.add(work);
-    try {
-      return await work;
-    } finally {
-      this.#underWay.delete(work);
-    }
+    return this.#calls.run(signal, (either) => this.#prefetch(request, onProgress, either));
   }
 
-  async close(): Promise<void> {
-    this.#closing.abort(new ReadError('closed', 'the data plane is ending; what was fetched is kept'));
-    await Promise.allSettled(this.#underWay);
+  close(): Promise<void> {
+    return this.#calls.close('the data plane is ending; what was fetched is kept');
   }
 
   async #prefetch(

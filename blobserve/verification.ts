@@ -12,6 +12,7 @@ import { Worker } from 'node:worker_threads';
 import { rm, stat } from 'node:fs/promises';
 import type { Logger } from '../daemon/log.js';
 import { control } from '../proto/messages.js';
+import { CallsUnderWay } from './calls-under-way.js';
 import { endsOnceStarted } from './end-thread.js';
 import type { LayerBlob, LayerBlobs } from './layer-blobs.js';
 import type { LayerIndexer } from './layer-indexer.js';
@@ -52,8 +53,7 @@ export interface VerificationsOptions {
 
 export class Verifications {
   readonly #options: VerificationsOptions;
-  readonly #closing = new AbortController();
-  readonly #underWay = new Set<Promise<unknown>>();
+  readonly #calls = new CallsUnderWay();
 
   constructor(options: VerificationsOptions) {
     this.#options = options;
@@ -64,23 +64,16 @@ export class Verifications {
    * @throws {RegistryError} what the image's layers are cannot be found out
    * @throws the error of a system call that failed; what the signal says
    */
-  async verify(
+  verify(
     request: control.VerifyRequest,
     onProgress: (progress: control.VerifyProgress.$Properties) => void,
     signal: AbortSignal,
   ): Promise<control.VerifyProgress.$Properties> {
-    const work = this.#verify(request, onProgress, AbortSignal.any([signal, this.#closing.signal]));
-    this.#underWay.add(work);
-    try {
-      return await work;
-    } finally {
-      this.#underWay.delete(work);
-    }
+    return this.#calls.run(signal, (either) => this.#verify(request, onProgress, either));
   }
 
-  async close(): Promise<void> {
-    this.#closing.abort(new ReadError('closed', 'the data plane is ending'));
-    await Promise.allSettled(this.#underWay);
+  close(): Promise<void> {
+    return this.#calls.close('the data plane is ending');
   }
 
   async #verify(

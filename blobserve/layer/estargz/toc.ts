@@ -5,7 +5,8 @@
  * each number is compared with the blob, and each chunk has to lie behind the one before.
  */
 import { parseRfc3339 } from '../rfc3339.js';
-import type { EntryType, TarEntry } from '../tar/entry.js';
+import type { TarEntry } from '../tar/entry.js';
+import { PATH_MAX, TOC_ENTRY_TYPES } from '../tar/toc-entry.js';
 import { EstargzError } from './estargz-error.js';
 
 /** The file in the last gzip member that is the table. */
@@ -13,18 +14,8 @@ export const TOC_NAME = 'stargz.index.json';
 /** Up to this file, what is read first is at the blob's beginning; stargz-snapshotter, docs/stargz-estargz.md. */
 const PREFETCH_LANDMARK = '.prefetch.landmark';
 
-const TYPES: Readonly<Record<string, EntryType>> = {
-  reg: 'file',
-  dir: 'directory',
-  hardlink: 'hardlink',
-  symlink: 'symlink',
-  char: 'char',
-  block: 'block',
-  fifo: 'fifo',
-};
 const DIGEST = /^sha256:([0-9a-f]{64})$/;
-/** Linux's limits on a path, and on one extended attribute. */
-const PATH_MAX = 4096;
+/** Linux's limits on one extended attribute. */
 const XATTR_NAME_MAX = 255;
 const XATTR_VALUE_MAX = 65_535;
 const UINT32_MAX = 2 ** 32 - 1;
@@ -158,7 +149,7 @@ export class Toc {
 
   #toEntry(entry: Entry, index: number): TarEntry {
     const typeName = typeof entry.type === 'string' ? entry.type : '';
-    const type = Object.hasOwn(TYPES, typeName) ? TYPES[typeName] : undefined;
+    const type = Object.hasOwn(TOC_ENTRY_TYPES, typeName) ? TOC_ENTRY_TYPES[typeName] : undefined;
     if (type === undefined) throw new EstargzError(`entry ${index} is a ${JSON.stringify(typeName)}`);
     const isDevice = type === 'char' || type === 'block';
     const time = modificationTime(entry, index);

@@ -6,7 +6,8 @@
  * header, pax records included) and ztoc/ztoc_marshaler.go (a list of files to prefetch may follow the table).
  */
 import { parseRfc3339 } from '../rfc3339.js';
-import type { EntryType, TarEntry } from '../tar/entry.js';
+import type { TarEntry } from '../tar/entry.js';
+import { PATH_MAX, TOC_ENTRY_TYPES } from '../tar/toc-entry.js';
 import { PaxRecords } from '../tar/pax.js';
 import { TarError } from '../tar/tar-error.js';
 import { FlatBytes, type FlatTable, ZtocError } from './flat-table.js';
@@ -34,20 +35,9 @@ const RECORD = { key: 0, value: 1 } as const;
 const GZIP = 1;
 const UNCOMPRESSED = 2;
 
-const TYPES: Readonly<Record<string, EntryType>> = {
-  reg: 'file',
-  dir: 'directory',
-  hardlink: 'hardlink',
-  symlink: 'symlink',
-  char: 'char',
-  block: 'block',
-  fifo: 'fifo',
-};
-
 const PREFETCH_SEPARATOR = Buffer.from('---SOCI-PREFETCH---', 'latin1');
 const DIGEST = /^sha256:([0-9a-f]{64})$/;
-/** Linux's limits on a path, and on one extended attribute. */
-const PATH_MAX = 4096;
+/** Linux's limit on one extended attribute. */
 const VALUE_MAX = 65_536;
 const BLOCK = 512;
 const UINT32_MAX = 2 ** 32 - 1;
@@ -138,7 +128,7 @@ function size(value: number, what: string): number {
 
 function toEntry(file: FlatTable, index: number): TarEntry {
   const typeName = text(file.bytes(FILE.type), 16, `type of entry ${index}`);
-  const type = Object.hasOwn(TYPES, typeName) ? TYPES[typeName] : undefined;
+  const type = Object.hasOwn(TOC_ENTRY_TYPES, typeName) ? TOC_ENTRY_TYPES[typeName] : undefined;
   if (type === undefined) throw new ZtocError(`entry ${index} is a ${JSON.stringify(typeName)}`);
   const dataOffset = file.long(FILE.offset);
   if (dataOffset < BLOCK || dataOffset % BLOCK !== 0) {
