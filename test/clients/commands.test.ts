@@ -4,7 +4,7 @@
 import { chmod, stat } from 'node:fs/promises';
 import path from 'node:path';
 import { execa } from 'execa';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { afterAll, beforeAll, describe, expect } from 'vitest';
 import { chainIdOf } from '../../snapshotter/layer-reference.js';
 import { composeImage, layersOf } from '../image/composed-image.js';
 import { buildDebianImage } from '../image/debian-image.js';
@@ -14,14 +14,11 @@ import { patience } from '../patience.js';
 import { SnapshotsClient } from '../stack/snapshots-client.js';
 import { logged } from '../system/node-state.js';
 import { missingForSystemTests } from '../system/requirements.js';
+import { testUnless } from '../system/test-unless.js';
 import { ClientNode } from './node.js';
 
 const missing = await missingForSystemTests();
-const test = (name: string, body: () => Promise<void>): void =>
-  it(name, async (context) => {
-    if (missing !== undefined) return context.skip(missing);
-    await body();
-  });
+const test = testUnless(missing);
 
 const GREETING = TINY_GREETING.trimEnd();
 const MIB = 2 ** 20;

@@ -4,7 +4,7 @@
  */
 import path from 'node:path';
 import * as grpc from '@grpc/grpc-js';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { afterAll, beforeAll, describe, expect } from 'vitest';
 import { composeImage, digestOf, layersOf } from '../image/composed-image.js';
 import type { Image } from '../image/oci-layout.js';
 import { buildTinyImage, TINY_CONFIGURATION, TINY_GREETING } from '../image/tiny-image.js';
@@ -15,14 +15,11 @@ import type { Snapshotter } from '../stack/snapshotter.js';
 import { Stack } from '../stack/stack.js';
 import { logged } from '../system/node-state.js';
 import { missingForSystemTests } from '../system/requirements.js';
+import { testUnless } from '../system/test-unless.js';
 import { ClientNode } from './node.js';
 
 const missing = await missingForSystemTests();
-const test = (name: string, body: () => Promise<void>): void =>
-  it(name, async (context) => {
-    if (missing !== undefined) return context.skip(missing);
-    await body();
-  });
+const test = testUnless(missing);
 
 const GREETING = TINY_GREETING.trimEnd();
 

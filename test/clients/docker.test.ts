@@ -5,7 +5,7 @@
 import { readdir, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { gzipSync } from 'node:zlib';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { afterAll, beforeAll, describe, expect } from 'vitest';
 import type { ContainerdSuite, DockerSuite } from '../debian/packages.js';
 import { entry, tar } from '../hand-made-tar.js';
 import { composeImage, digestOf, layerOfBytes, layersOf } from '../image/composed-image.js';
@@ -13,15 +13,12 @@ import type { Image } from '../image/oci-layout.js';
 import { buildTinyImage, noise, TINY_CONFIGURATION, TINY_GREETING } from '../image/tiny-image.js';
 import { startDocker, type Docker } from '../stack/docker.js';
 import { missingForSystemTests } from '../system/requirements.js';
+import { testUnless } from '../system/test-unless.js';
 import { documentedJson } from './documentation.js';
 import { ClientNode, VERSIONS } from './node.js';
 
 const missing = await missingForSystemTests();
-const test = (name: string, body: () => Promise<void>): void =>
-  it(name, async (context) => {
-    if (missing !== undefined) return context.skip(missing);
-    await body();
-  });
+const test = testUnless(missing);
 
 const GREETING = TINY_GREETING.trimEnd();
 /** BuildKit's names of its own snapshots; those of images are named by their chains of layers, a container's by it. */

@@ -4,7 +4,7 @@
 import { mkdir, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { execa } from 'execa';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { afterAll, beforeAll, describe, expect } from 'vitest';
 import type { ContainerdSuite } from '../debian/packages.js';
 import type { Image } from '../image/oci-layout.js';
 import { buildTinyImage, TINY_GREETING } from '../image/tiny-image.js';
@@ -12,16 +12,13 @@ import type { ProxyPlugin } from '../stack/containerd.js';
 import { chainIdOf } from '../../snapshotter/layer-reference.js';
 import { COMMAND } from '../command/run-command.js';
 import { missingForSystemTests } from '../system/requirements.js';
+import { testUnless } from '../system/test-unless.js';
 import { CriClient } from './cri-client.js';
 import { documented, lookingCommands } from './documentation.js';
 import { ClientNode, VERSIONS } from './node.js';
 
 const missing = await missingForSystemTests();
-const test = (name: string, body: () => Promise<void>): void =>
-  it(name, async (context) => {
-    if (missing !== undefined) return context.skip(missing);
-    await body();
-  });
+const test = testUnless(missing);
 
 /** Runs commands of a page on a private node. @returns what each said */
 async function sayAll(commands: readonly string[], node: ClientNode): Promise<string[]> {

@@ -5,21 +5,18 @@
 import { chmod, mkdir, readFile } from 'node:fs/promises';
 import path from 'node:path';
 import { execa } from 'execa';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { afterAll, beforeAll, describe, expect } from 'vitest';
 import type { ContainerdSuite } from '../debian/packages.js';
 import type { Image } from '../image/oci-layout.js';
 import { buildTinyImage, TINY_GREETING } from '../image/tiny-image.js';
 import { chainIdOf } from '../../snapshotter/layer-reference.js';
 import { patience } from '../patience.js';
 import { missingForSystemTests } from '../system/requirements.js';
+import { testUnless } from '../system/test-unless.js';
 import { ClientNode, compileGoClient, VERSIONS } from './node.js';
 
 const missing = await missingForSystemTests();
-const test = (name: string, body: () => Promise<void>): void =>
-  it(name, async (context) => {
-    if (missing !== undefined) return context.skip(missing);
-    await body();
-  });
+const test = testUnless(missing);
 
 const GREETING = TINY_GREETING.trimEnd();
 const OTHER = 'another-namespace';

@@ -1,7 +1,7 @@
 /**
  * `erofs-nbd pull`, and stock `ctr` afterwards.
  */
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { afterAll, beforeAll, describe, expect } from 'vitest';
 import type { ExecaError } from 'execa';
 import type { ContainerdSuite } from '../debian/packages.js';
 import { composeImage, layersOf } from '../image/composed-image.js';
@@ -10,14 +10,11 @@ import type { Image } from '../image/oci-layout.js';
 import { buildTinyImage, TINY_CONFIGURATION, TINY_GREETING } from '../image/tiny-image.js';
 import { patience } from '../patience.js';
 import { missingForSystemTests } from '../system/requirements.js';
+import { testUnless } from '../system/test-unless.js';
 import { ClientNode, VERSIONS } from './node.js';
 
 const missing = await missingForSystemTests();
-const test = (name: string, body: () => Promise<void>): void =>
-  it(name, async (context) => {
-    if (missing !== undefined) return context.skip(missing);
-    await body();
-  });
+const test = testUnless(missing);
 
 const FOREIGN_LAYER = 'application/vnd.docker.image.rootfs.foreign.diff.tar.gzip';
 

@@ -7,7 +7,7 @@ import { once } from 'node:events';
 import { writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { execa } from 'execa';
-import { afterAll, beforeAll, describe, expect, it, vi } from 'vitest';
+import { afterAll, beforeAll, describe, expect, vi } from 'vitest';
 import { FaultServer, hang } from '../fault-server.js';
 import type { Image } from '../image/oci-layout.js';
 import { buildTinyImage, noise, TINY_GREETING } from '../image/tiny-image.js';
@@ -17,15 +17,12 @@ import type { Registry } from '../stack/registry.js';
 import type { Snapshotter } from '../stack/snapshotter.js';
 import { Stack } from '../stack/stack.js';
 import { missingForSystemTests } from '../system/requirements.js';
+import { testUnless } from '../system/test-unless.js';
 import { COMMAND, erofsNbd } from './run-command.js';
 
 const missing = await missingForSystemTests();
 
-const test = (name: string, body: () => Promise<void>): void =>
-  it(name, async (context) => {
-    if (missing !== undefined) return context.skip(missing);
-    await body();
-  });
+const test = testUnless(missing);
 
 let stack: Stack;
 let registry: Registry;

@@ -6,7 +6,7 @@ import { once } from 'node:events';
 import { readFile, writeFile } from 'node:fs/promises';
 import http from 'node:http';
 import path from 'node:path';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { afterAll, beforeAll, describe, expect } from 'vitest';
 import type { Finding } from '../../cli/doctor/finding.js';
 import type { StatusReport } from '../../cli/status-report.js';
 import { buildTinyImage, TINY_GREETING } from '../image/tiny-image.js';
@@ -15,15 +15,12 @@ import { Stack } from '../stack/stack.js';
 import type { Registry } from '../stack/registry.js';
 import type { Snapshotter } from '../stack/snapshotter.js';
 import { backendOf, missingForSystemTests } from '../system/requirements.js';
+import { testUnless } from '../system/test-unless.js';
 import { COMMAND, erofsNbd, NOBODY, nobodyCannot } from './run-command.js';
 
 const missing = await missingForSystemTests();
 
-const test = (name: string, body: () => Promise<void>): void =>
-  it(name, async (context) => {
-    if (missing !== undefined) return context.skip(missing);
-    await body();
-  });
+const test = testUnless(missing);
 
 let stack: Stack;
 let registry: Registry;

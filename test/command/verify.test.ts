@@ -4,7 +4,7 @@
  */
 import { readdir, open, readFile, writeFile } from 'node:fs/promises';
 import path from 'node:path';
-import { afterAll, beforeAll, describe, expect, it, vi } from 'vitest';
+import { afterAll, beforeAll, describe, expect, vi } from 'vitest';
 import type { Image } from '../image/oci-layout.js';
 import { buildTinyImage, TINY_GREETING } from '../image/tiny-image.js';
 import { patience } from '../patience.js';
@@ -13,14 +13,11 @@ import type { Registry } from '../stack/registry.js';
 import type { Snapshotter } from '../stack/snapshotter.js';
 import { Stack } from '../stack/stack.js';
 import { missingForSystemTests } from '../system/requirements.js';
+import { testUnless } from '../system/test-unless.js';
 import { erofsNbd } from './run-command.js';
 
 const missing = await missingForSystemTests();
-const test = (name: string, body: () => Promise<void>): void =>
-  it(name, async (context) => {
-    if (missing !== undefined) return context.skip(missing);
-    await body();
-  });
+const test = testUnless(missing);
 
 const GREETING = TINY_GREETING.trimEnd();
 

@@ -4,7 +4,7 @@
  */
 import { readFile, rm } from 'node:fs/promises';
 import { gunzipSync, gzipSync } from 'node:zlib';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { afterAll, beforeAll, describe, expect } from 'vitest';
 import { layout } from '../../daemon/layout.js';
 import { composeImage, digestOf, layerOfBytes, layersOf } from '../image/composed-image.js';
 import { buildDebianImage, GREETING } from '../image/debian-image.js';
@@ -14,14 +14,11 @@ import { buildTinyImage, noise, TINY_CONFIGURATION, TINY_GREETING } from '../ima
 import { ClassicNode, SMALL_PIECES } from './classic-node.js';
 import { cachedSpans, indexFileNames, logged } from './node-state.js';
 import { missingForSystemTests } from './requirements.js';
+import { testUnless } from './test-unless.js';
 
 const missing = await missingForSystemTests();
 
-const test = (name: string, body: () => Promise<void>): void =>
-  it(name, async (context) => {
-    if (missing !== undefined) return context.skip(missing);
-    await body();
-  });
+const test = testUnless(missing);
 
 describe('images that share layers', () => {
   let lab: ClassicNode;

@@ -4,7 +4,7 @@
 import { readFile, rm, mkdir, mkdtemp, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { execa } from 'execa';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { afterAll, beforeAll, describe, expect } from 'vitest';
 import { layout } from '../../daemon/layout.js';
 import type { Mount } from '../../snapshotter/overlay.js';
 import { layerBytes, type Image } from '../image/oci-layout.js';
@@ -16,15 +16,12 @@ import { ClassicNode, SMALL_PIECES } from './classic-node.js';
 import { indexFileNames, logged } from './node-state.js';
 import { withMounts } from './mounts.js';
 import { brief, missingForSystemTests } from './requirements.js';
+import { testUnless } from './test-unless.js';
 
 const missing = await missingForSystemTests();
 const FORMATS = brief ? (['tar+gzip'] as const) : (['tar+gzip', 'tar'] as const);
 
-const test = (name: string, body: () => Promise<void>): void =>
-  it(name, async (context) => {
-    if (missing !== undefined) return context.skip(missing);
-    await body();
-  });
+const test = testUnless(missing);
 
 /** What the kernel has no part in. */
 const notInBrief = brief ? () => undefined : test;

@@ -10,7 +10,7 @@ import type { AddressInfo } from 'node:net';
 import path from 'node:path';
 import { gunzipSync } from 'node:zlib';
 import { execa } from 'execa';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { afterAll, beforeAll, describe, expect } from 'vitest';
 import { erofsNbd } from '../command/run-command.js';
 import { whyNoErofsMount, withErofsMount } from '../erofs-mount.js';
 import { erofsUtilsProgram, fetchErofsUtils } from '../erofs-utils.js';
@@ -25,13 +25,10 @@ import { Stack } from '../stack/stack.js';
 import { extractedTree } from '../trees/reference-trees.js';
 import { compareTrees, readTree } from '../tree.js';
 import { missingForSystemTests } from './requirements.js';
+import { testUnless } from './test-unless.js';
 
 const missing = (await missingForSystemTests()) ?? whyNoErofsMount();
-const test = (name: string, body: () => Promise<void>): void =>
-  it(name, async (context) => {
-    if (missing !== undefined) return context.skip(missing);
-    await body();
-  });
+const test = testUnless(missing);
 
 const OWN_TYPE = 'application/vnd.oci.image.layer.v1.erofs';
 const GREETING = TINY_GREETING.trimEnd();

@@ -7,7 +7,7 @@ import { tmpdir } from 'node:os';
 import path from 'node:path';
 import * as grpc from '@grpc/grpc-js';
 import { execa } from 'execa';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { afterAll, beforeAll, describe, expect } from 'vitest';
 import { versionService } from '../../proto/service.js';
 import type { Mount } from '../../snapshotter/overlay.js';
 import { checkout, installedProgram } from '../debian/packages.js';
@@ -15,14 +15,11 @@ import { layersOf } from '../image/composed-image.js';
 import { buildTinyImage, TINY_GREETING } from '../image/tiny-image.js';
 import { LayerNode, type ServedLayer } from './layer-node.js';
 import { missingForSystemTests } from './requirements.js';
+import { testUnless } from './test-unless.js';
 
 const python = await installedProgram('python3');
 const missing = (await missingForSystemTests()) ?? (python === undefined ? 'no python3' : undefined);
-const test = (name: string, body: () => Promise<void>): void =>
-  it(name, async (context) => {
-    if (missing !== undefined) return context.skip(missing);
-    await body();
-  });
+const test = testUnless(missing);
 
 const HOST = 100_000;
 const LABELS = {
