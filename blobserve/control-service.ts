@@ -94,6 +94,7 @@ const URGENCIES: Readonly<Record<FetchUrgency, control.FetchUrgency>> = {
   wanted: control.FetchUrgency.WANTED,
   readahead: control.FetchUrgency.READAHEAD,
   background: control.FetchUrgency.BACKGROUND,
+  ahead: control.FetchUrgency.AHEAD,
 };
 
 function readingMessage(record: ReadingRecord): control.ReadingResponse.$Properties {

@@ -28,7 +28,7 @@ import {
 } from './layer/index/layer-index.js';
 import type { MaterialisedLayers } from './materialised-layers.js';
 import type { PublishedIndexes } from './published/published-indexes.js';
-import { type BlobReader, ReadError } from './readers/blob-reader.js';
+import { type BlobPart, type BlobReader, ReadError } from './readers/blob-reader.js';
 import { FileReader } from './readers/file.js';
 import { GuardReader } from './readers/guard.js';
 import { InflatedCache } from './readers/inflated-cache.js';
@@ -48,6 +48,10 @@ export interface LayerPath {
   readonly record: ReadingRecord;
   /** Since this process opened the layer; with what was fetched to index it. */
   statistics(): { cachedBytes: number; fetchedBytes: number; requests: number; misses: number };
+  /** The blob as it is open here; undefined when it is a file that somebody has given. */
+  readonly blob: LayerBlob | undefined;
+  /** What of the blob a part of the device is made of; undefined: nothing of it, or it is not known. */
+  readonly blobPart: (offset: number, length: number) => BlobPart | undefined;
   /** The blob may be had from these images too. */
   alsoFrom(source: Source): void;
   close(): Promise<void>;
@@ -258,6 +262,7 @@ export class LayerPaths {
       tar,
       verifiable,
       wantedFirst,
+      blobPart,
     } = await openIndexedTar({ name, blob: blob.cache, inflated: this.#inflated }, record, files);
     try {
       // What has just been indexed is here as a whole.
@@ -280,6 +285,7 @@ export class LayerPaths {
       }
       return {
         ...path,
+        blobPart,
         close: () => {
           ended.abort();
           forget();
@@ -302,7 +308,7 @@ export class LayerPaths {
       if (this.#options.configuration.integrity.verify === 'strict') {
         await abortable(this.#options.blobs.complete(remote), signal);
       }
-      return this.#path(remote, device);
+      return { ...this.#path(remote, device), blobPart: () => undefined };
     } catch (error) {
       await device.close();
       throw error;
@@ -341,6 +347,8 @@ export class LayerPaths {
     return {
       reader: guard,
       record: new ReadingRecord(),
+      blob: undefined,
+      blobPart: () => undefined,
       statistics: () => ({ cachedBytes: device.size, fetchedBytes: 0, requests: 0, misses: 0 }),
       alsoFrom: () => undefined,
       close: () => guard.close(),
@@ -379,6 +387,9 @@ export class LayerPaths {
       reader: guard,
       guard,
       record: blob.record,
+      blob,
+      // A native layer is a device as it is.
+      blobPart: (offset, length) => ({ offset, length }),
       statistics: () => ({
         cachedBytes: blob.cache.statistics.cachedBytes,
         fetchedBytes: (before?.bytes ?? 0) + blob.range.traffic.bytes,

@@ -30,6 +30,8 @@ class Node {
         const path: LayerPath = {
           reader: READER,
           record: new ReadingRecord(),
+          blob: undefined,
+          blobPart: () => undefined,
           statistics: () => ({ cachedBytes: 0, fetchedBytes: 0, requests: 0, misses: 0 }),
           alsoFrom: ({ imageRef }) => void this.sources.push(imageRef ?? ''),
           close: () => Promise.resolve(void (this.closed += 1)),

@@ -69,7 +69,7 @@ export function dataPlaneFamilies({ devices, hosts }: DataPlaneState): MetricFam
     ),
     {
       name: 'erofs_nbd_bytes_total',
-      help: 'Bytes by where they came from: given from the cache; fetched because a reader waits (registry), is likely to (readahead), or because the whole layer is wanted (background).',
+      help: 'Bytes by where they came from: given from the cache; fetched because a reader waits (registry), is likely to (readahead), because a start is known to read them (ahead), or because the whole layer is wanted (background).',
       type: 'counter',
       samples: Object.entries(bytes).map(([source, value]) => ({
         name: 'erofs_nbd_bytes_total',
@@ -77,6 +77,12 @@ export function dataPlaneFamilies({ devices, hosts }: DataPlaneState): MetricFam
         value,
       })),
     },
+    single(
+      'counter',
+      'erofs_nbd_ahead_used_bytes_total',
+      'Bytes fetched ahead of a start that a reader has wanted since, in whole spans of the cache.',
+      counted.aheadUsedBytes,
+    ),
     distributionFamily(
       'erofs_nbd_registry_request_seconds',
       'From a request to the headers of its answer, by host and status ("none": there was no answer).',

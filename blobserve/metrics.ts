@@ -20,10 +20,12 @@ const newExchanges = (): HostExchanges => ({ requests: 0, failures: 0, lastMs: 0
 export const counted = {
   /**
    * Bytes by where they came from: `cache`, given to readers from the cache; all others received from a registry:
-   * `registry` because a reader waited for them, `readahead` because one is likely to, `background` because the whole
-   * layer is wanted. Of tar.gz layers they are compressed bytes.
+   * `registry` because a reader waited for them, `readahead` because one is likely to, `ahead` because a container's start is
+   * known to read them, `background` because the whole layer is wanted. Of tar.gz layers they are compressed bytes.
    */
-  bytes: { cache: 0, registry: 0, readahead: 0, background: 0 },
+  bytes: { cache: 0, registry: 0, readahead: 0, ahead: 0, background: 0 },
+  /** Of the bytes fetched ahead, those that a reader has wanted since. */
+  aheadUsedBytes: 0,
   /** Bytes and spans let go of to make room. */
   evicted: { bytes: 0, spans: 0 },
   /** Reads, writes and flushes that the disk of the cache failed, as when it is full. */

@@ -3,13 +3,8 @@
  * the rest. What is known of that comes as spans of the blob, whoever noticed it.
  */
 import { control } from '../proto/messages.js';
+import type { BlobPart } from './readers/blob-reader.js';
 import type { ReadingRecord } from './readers/reading-record.js';
-
-/** Bytes of a blob. */
-export interface BlobPart {
-  readonly offset: number;
-  readonly length: number;
-}
 
 /**
  * What a record of this process tells, in the order in which it was read. The device of a native layer has the blob's own

@@ -14,8 +14,8 @@ import { CallsUnderWay } from './calls-under-way.js';
 import type { LayerBlob, LayerBlobs } from './layer-blobs.js';
 import { NotIndexableError } from './layer-indexer.js';
 import { isClassic, type LayerLookup } from './layer-lookup.js';
-import { cut, type BlobPart } from './prefetch-order.js';
-import { ReadError } from './readers/blob-reader.js';
+import { cut } from './prefetch-order.js';
+import { type BlobPart, ReadError } from './readers/blob-reader.js';
 import { abortable } from './registry/transport.js';
 
 type Source = control.LayerSource.$Properties;

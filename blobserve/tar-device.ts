@@ -11,7 +11,7 @@ import type { CheckpointIndex } from './layer/gzip/checkpoints.js';
 import { CheckpointError, GzipError } from './layer/gzip/gzip-error.js';
 import { ZwinIndex } from './layer/gzip/zwin.js';
 import type { LayerIndexFiles, LayerIndexRecord } from './layer/index/layer-index.js';
-import type { BlobReader } from './readers/blob-reader.js';
+import type { BlobPart, BlobReader } from './readers/blob-reader.js';
 import { ChunksReader } from './readers/chunks.js';
 import { ConcatReader } from './readers/concat.js';
 import { FileReader } from './readers/file.js';
@@ -32,6 +32,8 @@ export interface TarDevice {
   readonly verifiable: boolean;
   /** Bytes of the blob, from its start, that the layer's maker says are wanted first. */
   readonly wantedFirst: number;
+  /** What of the blob a part of the device is made of; undefined: nothing of it. */
+  readonly blobPart: (offset: number, length: number) => BlobPart | undefined;
 }
 
 interface Blob {
@@ -56,22 +58,28 @@ export async function openIndexedTar(
   const opened: Opened = new Opened(blob);
   try {
     let tar = blob;
+    let inTar = inPlace;
     let verifiable = false;
     let wantedFirst = 0;
     if (record.chunksDigest !== undefined) {
       const table = ChunkTable.parse(await readFile(files.chunks));
-      tar = opened.only(new ChunksReader({ name, next: blob, table, cache: inflated }));
+      const chunks = new ChunksReader({ name, next: blob, table, cache: inflated });
+      tar = opened.only(chunks);
+      inTar = (offset, length) => chunks.blobPart(offset, length);
       ({ wantedFirst } = table);
       verifiable = true;
     } else if (record.compression === 'gzip') {
       const sizes = { compressed: record.blobSize, uncompressed: record.tarSize };
       const index = opened.add(await ZwinIndex.open(files.checkpoints, sizes));
-      tar = opened.only(gunzip(name, blob, index, inflated));
+      const inflating = gunzip(name, blob, index, inflated);
+      tar = opened.only(inflating);
+      inTar = (offset, length) => inflating.blobPart(offset, length);
       verifiable = index.spanDigests !== undefined;
     }
     const tarindex = opened.add(await FileReader.open({ path: files.tarindex, size: record.tarindexSize }));
     const padding = record.deviceSize - record.tarindexSize - record.tarSize;
-    return { device: joined(name, tarindex, tar, padding), tar, verifiable, wantedFirst };
+    const blobPart = behind(record.tarindexSize, tar.size, inTar);
+    return { device: joined(name, tarindex, tar, padding), tar, verifiable, wantedFirst, blobPart };
   } catch (error) {
     await opened.close();
     throw error;
@@ -103,7 +111,8 @@ export async function openGivenTar(
       throw new GivenIndexError(`${path}: the layer is compressed, so its zinfo is needed too`);
     }
     const padding = await fillUp(path, tar, tarRoom);
-    return { device: joined(name, tarindex, tar, padding), tar, verifiable: false, wantedFirst: 0 };
+    const device = joined(name, tarindex, tar, padding);
+    return { device, tar, verifiable: false, wantedFirst: 0, blobPart: () => undefined };
   } catch (error) {
     await opened.close();
     const isWrong = [GivenIndexError, ErofsFormatError, CheckpointError, GzipError].some(
@@ -140,6 +149,20 @@ class Opened {
 
 function joined(name: string, tarindex: BlobReader, tar: BlobReader, padding: number): BlobReader {
   return new ConcatReader(name, [tarindex, tar, ...(padding > 0 ? [new ZerosReader(padding)] : [])]);
+}
+
+type ToBlob = TarDevice['blobPart'];
+
+/** Of what is stored as it is. */
+const inPlace: ToBlob = (offset, length) => ({ offset, length });
+
+/** @param start of the tar in the device */
+function behind(start: number, size: number, inTar: ToBlob): ToBlob {
+  return (offset, length) => {
+    const from = Math.max(0, offset - start);
+    const end = Math.min(offset + length - start, size);
+    return from < end ? inTar(from, end - from) : undefined;
+  };
 }
 
 /** @throws {LayerRefusedError} the layer has so few places to begin at that it cannot be read in place */

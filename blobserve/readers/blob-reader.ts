@@ -45,6 +45,12 @@ export interface BlobReader {
   close(): Promise<void>;
 }
 
+/** Bytes of a blob. */
+export interface BlobPart {
+  readonly offset: number;
+  readonly length: number;
+}
+
 /** Why bytes could not be had; decides what is retried and what an operator is told. */
 export type ReadErrorKind =
   /** Worth another try: connection trouble, 5xx, 429, time-out. */

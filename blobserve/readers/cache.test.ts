@@ -5,7 +5,9 @@ import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { pino } from 'pino';
 import { ReadError } from './blob-reader.js';
 import { BufferPool } from './buffer-pool.js';
+import { counted } from '../metrics.js';
 import { CacheReader, type CacheReaderOptions } from './cache.js';
+import { FetchSlots } from './fetch-slots.js';
 import { cachePaths } from './span-store.js';
 import { DISK, READS_NOW } from './testing/page-cache.js';
 import { ScriptedReader, seeded, truth } from './testing/scripted-reader.js';
@@ -355,6 +357,51 @@ describe('a cache with hints', () => {
     expect(reader.readNow(target, 0)).toBe(true);
     expect(target.equals(truth(0, 4 * SPAN))).toBe(true);
     expect(idle.asked).toEqual([]);
+  });
+});
+
+describe('a cache that is filled ahead of its readers', () => {
+  it('shares what is on its way with who reads it, lets others go first, and knows what was of use', async () => {
+    const next = new ScriptedReader(64 * SPAN);
+    const slots = new FetchSlots(4);
+    const reader = await open(next, { slots, maxRangeBytes: 4 * SPAN });
+    const [bytes, used] = [counted.bytes.ahead, counted.aheadUsedBytes];
+    const first = reader.fill(0, 8 * SPAN, 'ahead');
+    const second = reader.fill(8 * SPAN, 4 * SPAN, 'ahead');
+    await turn();
+    expect(next.asked).toEqual([
+      [0, 4 * SPAN],
+      [4 * SPAN, 4 * SPAN],
+    ]);
+    const shared = expectRead(reader, 5 * SPAN, 10);
+    const wanted = expectRead(reader, 40 * SPAN, 10);
+    await turn();
+    expect(next.asked.slice(2)).toEqual([[40 * SPAN, SPAN]]);
+    next.open[1]?.deliver(2 * SPAN);
+    await shared;
+    next.answer = (request) => request.finish();
+    for (const request of next.open) if (!request.settled) request.finish();
+    await wanted;
+    expect(await first).toBe(8 * SPAN);
+    expect(await second).toBe(4 * SPAN);
+    await reader.settled();
+    expect(next.asked.slice(3)).toEqual([[8 * SPAN, 4 * SPAN]]);
+    expect(counted.bytes.ahead - bytes).toBe(12 * SPAN);
+    expect(counted.aheadUsedBytes - used).toBe(SPAN);
+    await expectRead(reader, 5 * SPAN, 2 * SPAN);
+    expect(counted.aheadUsedBytes - used).toBe(2 * SPAN);
+    expect(await reader.fill(0, 12 * SPAN, 'ahead')).toBe(0);
+  });
+
+  it('tells why a request failed, and fills the rest all the same', async () => {
+    const next = new ScriptedReader(8 * SPAN, (request) =>
+      request.offset === 0 ? request.fail() : request.finish(),
+    );
+    const reader = await open(next, { maxRangeBytes: 4 * SPAN });
+    const failing = reader.fill(0, 4 * SPAN, 'ahead');
+    const other = reader.fill(4 * SPAN, 4 * SPAN, 'ahead');
+    await expect(failing).rejects.toThrow('request at 0 failed');
+    expect(await other).toBe(4 * SPAN);
   });
 });
 

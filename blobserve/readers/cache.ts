@@ -10,7 +10,7 @@ import { BufferPool } from './buffer-pool.js';
 import type { FetchSlots } from './fetch-slots.js';
 import { type Part, settleInOrder } from './parts.js';
 import type { ReadingRecord } from './reading-record.js';
-import { SpanRequests } from './span-requests.js';
+import { type FillUrgency, SpanRequests } from './span-requests.js';
 import { SpanState, type SpaceKeeper, SpanStore } from './span-store.js';
 
 export interface CacheReaderOptions {
@@ -193,6 +193,7 @@ export class CacheReader implements BlobReader {
     if (target.length === 0) return;
     if (this.#needsFetch(offset, target.length)) this.#misses++;
     else this.#hit(target.length);
+    this.#used(offset, target.length);
     await this.#read(target, offset, MAX_ATTEMPTS, progress);
   }
 
@@ -200,6 +201,7 @@ export class CacheReader implements BlobReader {
     if (this.#closing !== undefined || !(offset >= 0) || offset + target.length > this.size) return false;
     if (target.length > 0 && !this.#store.readNow(target, offset)) return false;
     this.#hit(target.length);
+    this.#used(offset, target.length);
     return true;
   }
 
@@ -223,14 +225,15 @@ export class CacheReader implements BlobReader {
   /**
    * Downloads what is missing of `length` bytes at `offset` when there is nothing more urgent to do.
    *
+   * @param urgency `ahead`: a container's start is known to read it
    * @returns bytes that came for it; 0: nothing was missing that is not on its way
    * @throws {ReadError}
    */
-  async fill(offset: number, length: number): Promise<number> {
+  async fill(offset: number, length: number, urgency: FillUrgency = 'background'): Promise<number> {
     checkRange(this.#name, this.size, offset, length);
     if (this.#closing !== undefined) throw this.#closedError();
     const first = Math.floor(offset / this.#spanSize);
-    return this.#requests.fill(first, Math.ceil((offset + length) / this.#spanSize));
+    return this.#requests.fill(first, Math.ceil((offset + length) / this.#spanSize), urgency);
   }
 
   /** Resolves when no request is under way, and all that came is durable and marked, or has failed to be. */
@@ -303,6 +306,10 @@ export class CacheReader implements BlobReader {
   #hit(bytes: number): void {
     this.#hits++;
     counted.bytes.cache += bytes;
+  }
+
+  #used(offset: number, length: number): void {
+    this.#requests.used(Math.floor(offset / this.#spanSize), Math.ceil((offset + length) / this.#spanSize));
   }
 
   #closedError(): ReadError {

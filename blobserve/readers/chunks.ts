@@ -10,7 +10,7 @@ import { GzipError } from '../layer/gzip/gzip-error.js';
 import { GzipHeader } from '../layer/gzip/header.js';
 import { openRawInflater } from '../layer/gzip/raw-inflater.js';
 import { counted } from '../metrics.js';
-import { type BlobReader, checkRange, ReadError } from './blob-reader.js';
+import { type BlobPart, type BlobReader, checkRange, ReadError } from './blob-reader.js';
 import { digestInSlices } from './digest-in-slices.js';
 import type { InflatedCache } from './inflated-cache.js';
 
@@ -71,11 +71,17 @@ export class ChunksReader implements BlobReader {
   }
 
   willNeed(offset: number, length: number): void {
+    const part = this.#closing ? undefined : this.blobPart(offset, length);
+    if (part !== undefined) this.#next.willNeed?.(part.offset, part.length);
+  }
+
+  /** Where in the blob the chunks are that a part of the data is made of. */
+  blobPart(offset: number, length: number): BlobPart | undefined {
     const end = Math.min(offset + length, this.size);
-    if (this.#closing || this.#table.count === 0 || !(Math.max(0, offset) < end)) return;
+    if (this.#table.count === 0 || !(Math.max(0, offset) < end)) return undefined;
     const first = this.#table.chunk(Math.max(0, this.#table.chunkAt(Math.max(0, offset))));
     const last = this.#table.chunk(Math.max(0, this.#table.chunkAt(end - 1)));
-    this.#next.willNeed?.(first.start, last.end - first.start);
+    return { offset: first.start, length: last.end - first.start };
   }
 
   close(): Promise<void> {

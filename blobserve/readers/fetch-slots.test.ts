@@ -1,16 +1,17 @@
 import { describe, expect, it } from 'vitest';
-import { FetchSlots } from './fetch-slots.js';
+import { FetchSlots, type FetchUrgency } from './fetch-slots.js';
 
 describe('slots of requests to a host', () => {
   it('leave most of them to what readers wait for, and none to one blob alone', () => {
     const slots = new FetchSlots(8);
-    const take = (urgency: 'background' | 'readahead' | 'wanted'): number => {
+    const take = (urgency: FetchUrgency): number => {
       let taken = 0;
       while (slots.take({}, urgency)) taken++;
       return taken;
     };
     expect(take('background')).toBe(2);
-    expect(take('readahead')).toBe(2);
+    expect(take('ahead')).toBe(2);
+    expect(take('readahead')).toBe(0);
     expect(take('wanted')).toBe(4);
     expect(slots.used).toBe(8);
     const one = new FetchSlots(8);
@@ -22,7 +23,7 @@ describe('slots of requests to a host', () => {
   });
 
   it('have at least one for each urgency', () => {
-    for (const urgency of ['background', 'readahead', 'wanted'] as const) {
+    for (const urgency of ['background', 'ahead', 'readahead', 'wanted'] as const) {
       const slots = new FetchSlots(1);
       expect(slots.take({}, urgency)).toBe(true);
       expect(slots.take({}, urgency)).toBe(false);
@@ -42,14 +43,15 @@ describe('slots of requests to a host', () => {
     };
     const gone = (): void => void calls.push('gone');
     slots.whenReleased('background', background);
+    slots.whenReleased('ahead', () => calls.push('ahead'));
     slots.whenReleased('readahead', gone);
     slots.whenReleased('wanted', wanted);
     slots.whenReleased('wanted', wanted);
     slots.forget(gone);
     slots.release(blob);
-    expect(calls).toEqual(['wanted', 'background']);
+    expect(calls).toEqual(['wanted', 'ahead', 'background']);
     slots.release(blob);
-    expect(calls).toEqual(['wanted', 'background']);
+    expect(calls).toEqual(['wanted', 'ahead', 'background']);
     expect(slots.used).toBe(0);
   });
 

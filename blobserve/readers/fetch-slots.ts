@@ -1,17 +1,21 @@
 /**
  * Requests under way to one host, as many as it gets connections: a fixed number for all blobs together, so that what a
- * reader waits for never stands behind what nobody has asked for yet. Readahead may take half of them, background downloads
- * a quarter, one blob alone three quarters.
+ * reader waits for never stands behind what nobody has asked for yet. Readahead, and what is fetched ahead of a start, may take
+ * half of them, background downloads a quarter, one blob alone three quarters.
  */
 
-/** What a request is for, the least urgent first. */
-export type FetchUrgency = 'background' | 'readahead' | 'wanted';
+/**
+ * What a request is for, the least urgent first: the whole layer is wanted some day; it is known to be read when a container
+ * starts; it lies behind what is being read; somebody waits.
+ */
+export type FetchUrgency = 'background' | 'ahead' | 'readahead' | 'wanted';
 
 export class FetchSlots {
   readonly #limits: Readonly<Record<FetchUrgency, number>>;
   readonly #ofOneBlob: number;
   readonly #waiting: Record<FetchUrgency, Set<() => void>> = {
     background: new Set(),
+    ahead: new Set(),
     readahead: new Set(),
     wanted: new Set(),
   };
@@ -23,7 +27,7 @@ export class FetchSlots {
   constructor(readonly slots: number) {
     if (!Number.isSafeInteger(slots) || slots < 1) throw new RangeError(`${slots} requests at a time`);
     const part = (share: number): number => Math.max(1, Math.floor(slots * share));
-    this.#limits = { background: part(1 / 4), readahead: part(1 / 2), wanted: slots };
+    this.#limits = { background: part(1 / 4), ahead: part(1 / 2), readahead: part(1 / 2), wanted: slots };
     this.#ofOneBlob = part(3 / 4);
   }
 
@@ -55,7 +59,7 @@ export class FetchSlots {
     else this.#used.delete(blob);
     this.#usedAll--;
     // One pass, the most urgent first; who still gets nothing asks to be called again.
-    for (const urgency of ['wanted', 'readahead', 'background'] as const) {
+    for (const urgency of ['wanted', 'readahead', 'ahead', 'background'] as const) {
       const waiting = [...this.#waiting[urgency]];
       this.#waiting[urgency].clear();
       for (const retry of waiting) retry();

@@ -12,7 +12,7 @@ import { CheckpointError, GzipError } from '../layer/gzip/gzip-error.js';
 import { openRawInflater } from '../layer/gzip/raw-inflater.js';
 import { counted } from '../metrics.js';
 import { SpanDecoder } from '../layer/gzip/span-decoder.js';
-import { type BlobReader, checkRange, ReadError } from './blob-reader.js';
+import { type BlobPart, type BlobReader, checkRange, ReadError } from './blob-reader.js';
 import { digestInSlices } from './digest-in-slices.js';
 import type { InflatedCache } from './inflated-cache.js';
 
@@ -101,12 +101,18 @@ export class GunzipReader implements BlobReader {
   }
 
   willNeed(offset: number, length: number): void {
+    const part = this.#closing ? undefined : this.blobPart(offset, length);
+    if (part !== undefined) this.#next.willNeed?.(part.offset, part.length);
+  }
+
+  /** Where in the blob the spans are that a part of the uncompressed bytes is made of. */
+  blobPart(offset: number, length: number): BlobPart | undefined {
     const { table } = this.#index;
     const start = Math.max(0, offset);
     const end = Math.min(offset + length, this.size);
-    if (this.#closing || !(start < end)) return;
+    if (!(start < end)) return undefined;
     const first = table.compressedSpan(table.spanAt(start)).start;
-    this.#next.willNeed?.(first, table.compressedSpan(table.spanAt(end - 1)).end - first);
+    return { offset: first, length: table.compressedSpan(table.spanAt(end - 1)).end - first };
   }
 
   close(): Promise<void> {

@@ -27,7 +27,7 @@ export interface RecordedFetch {
   readonly ms: number;
   readonly offset: number;
   readonly length: number;
-  /** Whom it was for: somebody who waits, somebody who is likely to come, or nobody yet. */
+  /** Whom it was for: somebody who waits, somebody who is likely to come, a container's start, or nobody yet. */
   readonly urgency: FetchUrgency;
   readonly failed: boolean;
 }
@@ -37,7 +37,7 @@ export const RECORDED_MAX = 4096;
 /** Reads that follow each other within this time, in milliseconds, may be one. */
 const SAME_RUN_MS = 5;
 
-const URGENCIES: readonly FetchUrgency[] = ['wanted', 'readahead', 'background'];
+const URGENCIES: readonly FetchUrgency[] = ['wanted', 'readahead', 'background', 'ahead'];
 
 const READ = { at: 0, offset: 1, length: 2, count: 3, wait: 4 } as const;
 const FETCH = { at: 0, ms: 1, offset: 2, length: 3, urgency: 4, failed: 5 } as const;

@@ -65,13 +65,27 @@ interface SpanRange {
   end: number;
 }
 
-/** A download in the background: resolves with how many bytes came, when all that were missing have. */
+/** A download that no reader waits for: resolves with how many bytes came, when all that were missing have. */
 interface Fill {
   first: number;
   readonly end: number;
   fetched: number;
+  /** Its requests under way. */
+  underWay: number;
   readonly resolve: (fetched: number) => void;
   readonly reject: (error: unknown) => void;
+}
+
+/** What a download is for. */
+export type FillUrgency = Extract<FetchUrgency, 'ahead' | 'background'>;
+
+/** Downloads of one urgency. */
+interface Fills {
+  /** The oldest first. */
+  readonly queue: Fill[];
+  /** Requests at the same time. */
+  readonly most: number;
+  underWay: number;
 }
 
 /** How often a span is asked for whose bytes are not the right ones. */
@@ -99,11 +113,11 @@ export class SpanRequests {
   readonly #wanted: SpanRange[] = [];
   /** Hints, the newest last; a span of theirs is pending only when its request begins. */
   readonly #hints: SpanRange[] = [];
-  /** Downloads in the background, the oldest first. */
-  readonly #fills: Fill[] = [];
+  readonly #fills: Readonly<Record<FillUrgency, Fills>>;
+  /** Spans that were fetched ahead, until somebody wants them. */
+  readonly #ahead = new Set<number>();
   #backgroundUnderWay = 0;
   #startQueued = false;
-  #filling = false;
   /** Spans that the disk refused. */
   readonly #uncached: LRUCache<number, Buffer>;
   readonly #underWay = new Set<Promise<void>>();
@@ -118,6 +132,10 @@ export class SpanRequests {
       );
     }
     this.#options = options;
+    this.#fills = {
+      ahead: { queue: [], most: options.maxBackgroundRequests, underWay: 0 },
+      background: { queue: [], most: 1, underWay: 0 },
+    };
     this.#next = next;
     this.#store = store;
     this.#spanSize = spanSize;
@@ -169,16 +187,25 @@ export class SpanRequests {
   }
 
   /**
-   * Fetches what is missing of spans [first, end) when there is nothing more urgent, one request at a time.
+   * Fetches what is missing of spans [first, end) when there is nothing more urgent: of the background one request at a time,
+   * of what is fetched ahead as many as of readahead.
    *
    * @returns bytes that came for it
    * @throws {ReadError} of the request that failed; what came before is kept
    */
-  fill(first: number, end: number): Promise<number> {
+  fill(first: number, end: number, urgency: FillUrgency): Promise<number> {
     return new Promise((resolve, reject) => {
-      this.#fills.push({ first, end, fetched: 0, resolve, reject });
+      this.#fills[urgency].queue.push({ first, end, fetched: 0, underWay: 0, resolve, reject });
       this.start();
     });
+  }
+
+  /** Somebody reads spans [first, end): those that were fetched ahead have been of use. */
+  used(first: number, end: number): void {
+    if (this.#ahead.size === 0) return;
+    for (let span = first; span < end; span++) {
+      if (this.#ahead.delete(span)) counted.aheadUsedBytes += this.#store.spanLength(span);
+    }
   }
 
   /** Forgets the spans that are in memory only, and keeps none of those under way. */
@@ -199,7 +226,8 @@ export class SpanRequests {
     this.#closed = true;
     this.#buffers.forget(this.start);
     this.#options.slots?.forget(this.start);
-    for (const fill of this.#fills.splice(0)) fill.reject(error);
+    for (const { queue } of Object.values(this.#fills))
+      for (const fill of queue.splice(0)) fill.reject(error);
     this.#checks.length = this.#wanted.length = this.#hints.length = 0;
     for (const { waiters } of this.#pending.values()) for (const waiter of waiters) waiter.reject(error);
     this.#pending.clear();
@@ -287,7 +315,8 @@ export class SpanRequests {
       this.#track(this.#fetch(range, buffer, 'wanted'));
     }
     while (this.#backgroundUnderWay < this.#options.maxBackgroundRequests && this.#startHint());
-    this.#startFill();
+    this.#startFills('ahead');
+    this.#startFills('background');
   };
 
   /** Takes readahead that begins where the range ends along with it: its bytes come behind those that are waited for. */
@@ -350,43 +379,63 @@ export class SpanRequests {
     return true;
   }
 
-  /** Starts the next request of the oldest download, unless one is under way. */
-  #startFill(): void {
-    const fill = this.#fills[0];
-    if (fill === undefined || this.#filling) return;
-    // What is on its way for a reader, or cannot be kept, is passed over: whoever downloads looks again.
-    while (fill.first < fill.end && !this.#fetchable(fill.first)) fill.first++;
-    if (fill.first >= fill.end) {
-      this.#fills.shift();
-      fill.resolve(fill.fetched);
-      this.#startFill();
-      return;
+  /** Starts what can begin of the downloads of one urgency, the oldest first. */
+  #startFills(urgency: FillUrgency): void {
+    const fills = this.#fills[urgency];
+    while (fills.underWay < fills.most) {
+      const fill = fills.queue.find((one) => this.#advance(one) || one.underWay === 0);
+      if (fill === undefined) return;
+      if (fill.first < fill.end) {
+        if (!this.#startFill(fill, urgency)) return;
+      } else {
+        fills.queue.splice(fills.queue.indexOf(fill), 1);
+        fill.resolve(fill.fetched);
+      }
     }
+  }
+
+  /** What is on its way for a reader, or cannot be kept, is passed over: whoever downloads looks again. */
+  #advance(fill: Fill): boolean {
+    while (fill.first < fill.end && !this.#fetchable(fill.first)) fill.first++;
+    return fill.first < fill.end;
+  }
+
+  /** Starts the next request of a download. @returns false when there is no memory or connection for it */
+  #startFill(fill: Fill, urgency: FillUrgency): boolean {
+    const fills = this.#fills[urgency];
     const range = { first: fill.first, end: fill.first + 1 };
     while (range.end - range.first < this.#rangeSpans && range.end < fill.end && this.#fetchable(range.end))
       range.end++;
-    if (!this.#connect('background')) return;
+    if (!this.#connect(urgency)) return false;
     const buffer = this.#take(this.#rangeLength(range), 'background');
     if (buffer === undefined) {
       this.#disconnect();
-      return;
+      return false;
     }
-    for (let span = range.first; span < range.end; span++) this.#pending.set(span, newPending());
+    for (let span = range.first; span < range.end; span++) {
+      this.#pending.set(span, newPending());
+      if (urgency === 'ahead') this.#ahead.add(span);
+    }
     fill.first = range.end;
-    this.#filling = true;
+    fill.underWay++;
+    fills.underWay++;
     let failure: unknown;
-    const request = this.#fetch(range, buffer, 'background', (error) => (failure ??= error));
+    const request = this.#fetch(range, buffer, urgency, (error) => (failure ??= error));
     this.#track(
       request.finally(() => {
-        this.#filling = false;
+        fills.underWay--;
+        fill.underWay--;
         fill.fetched += this.#rangeLength(range);
-        if (failure !== undefined && this.#fills[0] === fill) {
-          this.#fills.shift();
+        if (failure !== undefined) {
+          for (let span = range.first; span < range.end; span++) this.#ahead.delete(span);
+          const place = fills.queue.indexOf(fill);
+          if (place >= 0) fills.queue.splice(place, 1);
           fill.reject(failure);
         }
         this.start();
       }),
     );
+    return true;
   }
 
   #connect(urgency: FetchUrgency): boolean {

@@ -20,6 +20,7 @@ const LEAST = 2.5;
 const PURPOSE = {
   wanted: 'a reader waited',
   readahead: 'readahead',
+  ahead: 'ahead of a start',
   background: 'in the background',
 } as const;
 

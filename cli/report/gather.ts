@@ -33,6 +33,7 @@ const URGENCIES: Readonly<Record<number, Fetch['urgency']>> = {
   [control.FetchUrgency.WANTED]: 'wanted',
   [control.FetchUrgency.READAHEAD]: 'readahead',
   [control.FetchUrgency.BACKGROUND]: 'background',
+  [control.FetchUrgency.AHEAD]: 'ahead',
 };
 
 /**

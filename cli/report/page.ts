@@ -29,9 +29,9 @@ const ROWS = 40;
 
 const STYLE = new Html(`
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1b1f24; --soft: #5b6470; --line: #d5dae0; --lane: #f1f3f6;
-  --wanted: #c2410c; --readahead: #2563eb; --background: #94a3b8; --wait: #b91c1c; --read: #0f766e; }
+  --wanted: #c2410c; --readahead: #2563eb; --ahead: #7c3aed; --background: #94a3b8; --wait: #b91c1c; --read: #0f766e; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #e7eaee; --soft: #9aa5b1; --line: #343b44;
-  --lane: #1f242a; --wanted: #fb923c; --readahead: #60a5fa; --background: #6b7a8d; --wait: #f87171; --read: #2dd4bf; } }
+  --lane: #1f242a; --wanted: #fb923c; --readahead: #60a5fa; --ahead: #a78bfa; --background: #6b7a8d; --wait: #f87171; --read: #2dd4bf; } }
 body { margin: 2rem auto; max-width: 64rem; padding: 0 1rem; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.4rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2.2rem; } h3 { font-size: 1rem; }
@@ -45,10 +45,10 @@ td.number, th.number { text-align: right; white-space: nowrap; } td.path { overf
 svg { width: 100%; height: auto; display: block; } svg.strip { width: 15rem; }
 svg text { font: 12px system-ui, sans-serif; fill: var(--ink); } svg text.note { fill: var(--soft); }
 .lane { fill: var(--lane); } .tick { stroke: var(--line); } .pause { stroke: var(--soft); stroke-dasharray: 3 3; stroke-width: 2; }
-.wanted { fill: var(--wanted); } .readahead { fill: var(--readahead); } .background { fill: var(--background); }
+.wanted { fill: var(--wanted); } .readahead { fill: var(--readahead); } .ahead { fill: var(--ahead); } .background { fill: var(--background); }
 .wait { fill: var(--wait); } .read { fill: var(--read); } .failed { fill: none; stroke: var(--wait); }
 .key span { display: inline-block; width: .8rem; height: .8rem; margin: 0 .3rem 0 1rem; vertical-align: -1px; }
-.key .wanted { background: var(--wanted); } .key .readahead { background: var(--readahead); }
+.key .wanted { background: var(--wanted); } .key .readahead { background: var(--readahead); } .key .ahead { background: var(--ahead); }
 .key .background { background: var(--background); } .key .wait { background: var(--wait); }
 `);
 
@@ -135,9 +135,10 @@ function timeline(layers: readonly Layer[]): Html {
     </p>
     <p class="key note">
       <span class="wanted"></span>a reader waited<span class="readahead"></span>readahead<span
-        class="background"
+        class="ahead"
       ></span
-      >in the background<span class="wait"></span>how long readers waited
+      >ahead of a start<span class="background"></span>in the background<span class="wait"></span>how long
+      readers waited
     </p>
     ${waterfall(
       layers.map(({ record }) => record),

@@ -17,7 +17,7 @@ export interface Fetch {
   readonly ms: number;
   readonly offset: number;
   readonly length: number;
-  readonly urgency: 'wanted' | 'readahead' | 'background';
+  readonly urgency: 'wanted' | 'readahead' | 'ahead' | 'background';
   readonly failed: boolean;
 }
 
