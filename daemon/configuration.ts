@@ -153,6 +153,17 @@ const schema = z.strictObject({
       window: dayWindow.default(''),
     })
     .prefault({}),
+  prefetch: z
+    .strictObject({
+      record: z.boolean().default(true),
+      record_time: duration('30s', '100ms', '1h'),
+      use: z.boolean().default(true),
+      max_bytes: size('256MiB', '0B', '64GiB'),
+      max_spans: z.int().min(1).max(65536).default(4096),
+      range: size('2MiB', '64KiB', '64MiB'),
+      requests: z.int().min(1).max(16).default(2),
+    })
+    .prefault({}),
   integrity: z
     .strictObject({
       verify: z.enum(['complete', 'strict']).default('complete'),

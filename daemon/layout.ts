@@ -13,6 +13,8 @@ export interface Layout {
   readonly cache: string;
   /** Indexes of tar and tar.gz layers, by digest of the blob. */
   readonly index: string;
+  /** What containers were recorded to read first, by digest of the image's manifest. */
+  readonly prefetch: string;
   /** Digests of the spans of blobs that were complete and right once; kept when the cache goes. */
   readonly digests: string;
   /** Where the FUSE file system with one file per layer is mounted. */
@@ -35,6 +37,7 @@ export function layout(root: string): Layout {
     layers: below('layers'),
     cache: below('cache'),
     index: below('index'),
+    prefetch: below('prefetch'),
     digests: below('digests'),
     fuse: below('fuse'),
     controlSocket: below('blobserve.sock'),

@@ -51,6 +51,7 @@ export class ReadingRecord {
   #readsLeftOut = 0;
   #fetchesLeftOut = 0;
   #lastReadAt = 0;
+  readonly #watchers = new Set<(offset: number, length: number, askedAt: number) => void>();
 
   get reads(): RecordedRead[] {
     const rows = this.#reads;
@@ -80,6 +81,12 @@ export class ReadingRecord {
     return { reads: this.#readsLeftOut, fetches: this.#fetchesLeftOut };
   }
 
+  /** Calls back on every read from now on, also those that are only counted here. @returns ends that */
+  watch(onRead: (offset: number, length: number, askedAt: number) => void): () => void {
+    this.#watchers.add(onRead);
+    return () => this.#watchers.delete(onRead);
+  }
+
   /**
    * A read of the device that has been answered with its bytes.
    *
@@ -87,6 +94,7 @@ export class ReadingRecord {
    * @param waitMs until its bytes were there
    */
   read(offset: number, length: number, askedAt: number, waitMs: number): void {
+    for (const onRead of this.#watchers) onRead(offset, length, askedAt);
     const rows = this.#reads;
     const atMs = askedAt - this.#beganAt;
     const last = rows.count - 1;
