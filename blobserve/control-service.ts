@@ -21,6 +21,7 @@ import { ReadError, type ReadErrorKind } from './readers/blob-reader.js';
 import type { FetchUrgency } from './readers/fetch-slots.js';
 import type { ReadingRecord } from './readers/reading-record.js';
 import { RegistryError, type RegistryFailure } from './registry/registry-error.js';
+import type { StartRecordings } from './start-recordings.js';
 import type { Verifications } from './verification.js';
 
 export interface ControlOptions {
@@ -32,6 +33,8 @@ export interface ControlOptions {
     platform: string,
   ) => Promise<control.DescribeResponse.$Properties>;
   readonly prefetches: Pick<Prefetches, 'prefetch'>;
+  /** Undefined: none are made. */
+  readonly recordings: Pick<StartRecordings, 'started'> | undefined;
   readonly verifications: Pick<Verifications, 'verify'>;
   readonly garbage: Pick<GarbageCollection, 'collect'>;
   /** Credentials that came with pulls. */
@@ -209,7 +212,7 @@ export function controlImplementation(options: ControlOptions): grpc.UntypedServ
     }),
     attach: unary('Attach', (request: control.AttachRequest) => server.attach(request)),
     detach: unary('Detach', async (request: control.DetachRequest) => ({
-      detached: await server.detach(request.layerId),
+      detached: await server.detach(request.layerId, request.identifier),
     })),
     list: unary('List', () => ({
       devices: server.list(),
@@ -220,6 +223,10 @@ export function controlImplementation(options: ControlOptions): grpc.UntypedServ
       const record = server.reading(layerId);
       if (record === undefined) throw new NotAttachedError(`layer ${layerId} is not attached`);
       return readingMessage(record);
+    }),
+    started: unary('Started', ({ key, layerIds, command }: control.StartedRequest) => {
+      options.recordings?.started(key, layerIds, command);
+      return {};
     }),
     prefetch: told('Prefetch', (request: control.PrefetchRequest, tell, signal) =>
       options.prefetches.prefetch(request, tell, signal),

@@ -12,6 +12,8 @@ const READER = { size: 4096 } as BlobReader;
 /** A registry that answers when it is told to, and a kernel that keeps count. */
 class Node {
   readonly attached: number[] = [];
+  /** Devices of processes that are gone. */
+  readonly left = new Set<string>();
   readonly opening: { answer: () => void; fail: (error: Error) => void }[] = [];
   closed = 0;
   readonly sources: string[] = [];
@@ -22,6 +24,7 @@ class Node {
         this.attached.push(layerId);
         return Promise.resolve(this.#device(layerId));
       },
+      disconnect: (identifier) => Promise.resolve(this.left.delete(identifier)),
       awaited: () => [],
       close: () => Promise.resolve(),
     } satisfies AttachBackend,
@@ -72,6 +75,15 @@ describe('a layer that is detached', () => {
     await refused;
     expect(node.attached).toEqual([]);
     expect(node.server.size).toBe(0);
+  });
+
+  it('by a process that never served it: the device that an earlier one had made is taken away', async () => {
+    const node = new Node();
+    node.left.add('erofs-nbd:1').add('erofs-nbd:2');
+    expect(await node.server.detach(1)).toBe(false);
+    expect(await node.server.detach(1, 'erofs-nbd:1')).toBe(true);
+    expect(await node.server.detach(1, 'erofs-nbd:1')).toBe(false);
+    expect([...node.left]).toEqual(['erofs-nbd:2']);
   });
 
   it('before attaches that still wait for their turn: none of them is made', async () => {

@@ -88,16 +88,19 @@ export class LayerServer {
   /**
    * Ends every attach of the layer that was asked for before, however long a registry would let it wait.
    *
-   * @returns false when the layer was not attached
+   * @param identifier of the device that a process before this one may have made for it, which has died before it could say so:
+   *   nobody else would ever take it away. Empty: not known
+   * @returns false when the layer was not attached, and the kernel had no such device
+   * @throws {AttachError} when something still holds the device open
    */
-  detach(layerId: number): Promise<boolean> {
+  detach(layerId: number, identifier = ''): Promise<boolean> {
     this.#attaching
       .get(layerId)
       ?.abort(new ReadError('closed', `layer ${layerId}: detached while it was being attached`));
     this.#attaching.delete(layerId);
     return this.#inTurn(layerId, async () => {
       const served = this.#served.get(layerId);
-      if (served === undefined) return false;
+      if (served === undefined) return identifier !== '' && (await this.#disconnect(layerId, identifier));
       faultPoint('detach-asked');
       await served.device.detach();
       this.#served.delete(layerId);
@@ -113,6 +116,12 @@ export class LayerServer {
       );
       return true;
     });
+  }
+
+  async #disconnect(layerId: number, identifier: string): Promise<boolean> {
+    const found = await this.#options.backend.disconnect(identifier);
+    if (found) this.#options.log.warn({ layerId, identifier }, 'a device that nobody served was taken away');
+    return found;
   }
 
   list(): control.Device.$Properties[] {

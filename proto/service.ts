@@ -118,6 +118,7 @@ export const controlService = {
   attach: method(`${C}Attach`, control.AttachRequest, control.AttachResponse),
   detach: method(`${C}Detach`, control.DetachRequest, control.DetachResponse),
   list: method(`${C}List`, control.ListRequest, control.ListResponse),
+  started: method(`${C}Started`, control.StartedRequest, control.StartedResponse),
   reading: method(`${C}Reading`, control.ReadingRequest, control.ReadingResponse),
   prefetch: method(`${C}Prefetch`, control.PrefetchRequest, control.PrefetchProgress, true),
   verify: method(`${C}Verify`, control.VerifyRequest, control.VerifyProgress, true),

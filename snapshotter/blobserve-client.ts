@@ -50,12 +50,18 @@ export class BlobServeClient {
     return unaryCall(this.#client, controlService.attach, request);
   }
 
-  detach(layerId: number): Promise<control.DetachResponse> {
-    return unaryCall(this.#client, controlService.detach, { layerId });
+  /** @param identifier of a device that the kernel may have of it, though the data plane has not */
+  detach(layerId: number, identifier = ''): Promise<control.DetachResponse> {
+    return unaryCall(this.#client, controlService.detach, { layerId, identifier });
   }
 
   list(): Promise<control.ListResponse> {
     return unaryCall(this.#client, controlService.list, {}, REPORT_TIMEOUT);
+  }
+
+  /** A container starts, or what its command is. */
+  async started(request: control.StartedRequest.$Properties): Promise<void> {
+    await unaryCall(this.#client, controlService.started, request, REPORT_TIMEOUT);
   }
 
   /** @throws {CallError} NOT_FOUND when the layer is not attached */

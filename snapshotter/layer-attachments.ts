@@ -486,10 +486,12 @@ export class LayerAttachments {
     await this.#removeDirectory(layerId);
     faultPoint('mount-directory-removed');
     const dataPlane = await this.#options.dataPlane();
+    const identifier = this.#layers.device(layerId)?.identifier;
     for (;;) {
       const before = this.#again.get(layerId);
       const quiet = before?.settled ?? true;
-      await dataPlane.call((client) => client.detach(layerId));
+      // Also one that a data plane has made and died before it could say so: with the row it would be forgotten.
+      await dataPlane.call((client) => client.detach(layerId, identifier));
       // `serveAgain` asks for what has a row and holds no lock: what it has asked for may be made after our detach.
       if (quiet && this.#again.get(layerId) === before) break;
       await before?.done;

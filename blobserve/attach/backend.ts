@@ -58,6 +58,13 @@ export interface AttachBackend {
    * @throws {AttachError} when it cannot be done; nothing is left attached by this call then
    */
   attach(request: AttachRequest): Promise<AttachedDevice>;
+  /**
+   * Takes away a device that no attach of this process has made: one that the kernel has from a process that died.
+   *
+   * @returns false when there is none of this identifier, or when devices end with their process's connection (fuse)
+   * @throws {AttachError} when something still holds it open
+   */
+  disconnect(identifier: string): Promise<boolean>;
   /** Layers that are not attached and have readers waiting, as far as this process knows. */
   awaited(): number[];
   /**

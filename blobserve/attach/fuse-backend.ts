@@ -111,6 +111,11 @@ export class FuseBackend implements AttachBackend {
     return new FuseDevice(path, this.#server.adopted, this.#server, file);
   }
 
+  disconnect(): Promise<boolean> {
+    // A file is there as long as the process that serves it.
+    return Promise.resolve(false);
+  }
+
   awaited(): number[] {
     return this.#server.awaited;
   }

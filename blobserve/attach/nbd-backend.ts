@@ -109,12 +109,6 @@ export class NbdBackend implements AttachBackend {
     }
   }
 
-  /**
-   * Takes away a device that no attach of this process has made, for cleaning up after processes that are gone.
-   *
-   * @returns false when the kernel has no device of this identifier
-   * @throws {AttachError} when something still holds it open
-   */
   async disconnect(identifier: string): Promise<boolean> {
     const device = await findDevice(identifier);
     return (

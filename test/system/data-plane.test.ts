@@ -8,6 +8,7 @@ import path from 'node:path';
 import { status } from '@grpc/grpc-js';
 import { execa } from 'execa';
 import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
+import { FAULT_POINTS_VARIABLE } from '../../daemon/fault-point.js';
 import { layout, type Layout } from '../../daemon/layout.js';
 import type { CallError } from '../../proto/unary-call.js';
 import { isRunning, readIdentity } from '../../snapshotter/process-identity.js';
@@ -135,6 +136,26 @@ describe('the data plane', () => {
       expect(await preparing).toBe(status.ALREADY_EXISTS);
       expect(await dataOf(await attach(layer))).toBe(true);
     }
+  });
+
+  test('that dies with the snapshotter just when it has made a device leaves none', async () => {
+    const faults = path.join(stack.directory, 'fault-points');
+    await mkdir(faults);
+    const point = (await servingOver()) === 'nbd' ? 'nbd-connected' : 'fuse-file-added';
+    const before = await servingPid();
+    await snapshotter.kill();
+    process.kill(before, 'SIGKILL');
+    await start({ environment: { [FAULT_POINTS_VARIABLE]: faults } });
+    await attach(newLayer());
+    await writeFile(path.join(faults, point), '');
+    const preparing = prepare(newLayer());
+    await expect.poll(() => readdir(faults), { timeout: 60_000 }).not.toContain(point);
+    await snapshotter.kill();
+    await preparing;
+    await start();
+    for (const { name } of (await client.list()).reverse()) await client.remove(name);
+    await untilFreed();
+    expect((await leftovers(stack.directory)).nbd).toEqual([]);
   });
 
   test('that dies while a layer is being mounted serves the mount when it is back', async () => {
