@@ -224,8 +224,8 @@ export function controlImplementation(options: ControlOptions): grpc.UntypedServ
       if (record === undefined) throw new NotAttachedError(`layer ${layerId} is not attached`);
       return readingMessage(record);
     }),
-    started: unary('Started', ({ key, layerIds, command }: control.StartedRequest) => {
-      options.recordings?.started(key, layerIds, command);
+    started: unary('Started', ({ key, layerDigests, command }: control.StartedRequest) => {
+      options.recordings?.started(key, layerDigests, command);
       return {};
     }),
     prefetch: told('Prefetch', (request: control.PrefetchRequest, tell, signal) =>

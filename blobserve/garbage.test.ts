@@ -6,18 +6,25 @@ import { silentLogger } from '../daemon/log.js';
 import { control } from '../proto/messages.js';
 import { GarbageCollection } from './garbage.js';
 import { LayerLookup } from './layer-lookup.js';
+import { PrefetchRecords } from './prefetch-records.js';
 import { CacheSpace } from './readers/cache-space.js';
 import { SpanStore } from './readers/span-store.js';
 import type { RegistryClient } from './registry/registry-client.js';
 
 const [A = '', B = '', C = ''] = ['a', 'b', 'c'].map((letter) => letter.repeat(64));
 const digest = (hex: string): string => `sha256:${hex}`;
-const { GARBAGE_BLOB, GARBAGE_INDEX } = control.GarbageKind;
+const { GARBAGE_BLOB, GARBAGE_INDEX, GARBAGE_RECORD } = control.GarbageKind;
+const KINDS: Readonly<Record<number, string>> = {
+  [GARBAGE_BLOB]: 'blob',
+  [GARBAGE_INDEX]: 'index',
+  [GARBAGE_RECORD]: 'record',
+};
 
 let dir: string;
 let space: CacheSpace;
 let opened: Set<string>;
 let expected: Set<string>;
+let records: PrefetchRecords;
 let garbage: GarbageCollection;
 
 beforeEach(() => {
@@ -31,9 +38,11 @@ beforeEach(() => {
     log: silentLogger,
   });
   [opened, expected] = [new Set(), new Set()];
+  records = new PrefetchRecords(join(dir, 'prefetch'), { maxSpans: 10 });
   garbage = new GarbageCollection({
     indexDirectories: [join(dir, 'index'), join(dir, 'index/confirm')],
     space,
+    records,
     isOpen: (one) => opened.has(one),
     expected: () => expected,
     log: silentLogger,
@@ -72,10 +81,7 @@ async function collect(
   const { all = false, dryRun = false } = options;
   const request = { layerDigests: layers.map(digest), all, dryRun } as control.CollectGarbageRequest;
   const found = await garbage.collect(request);
-  return found.map(
-    (one) =>
-      `${one.kind === GARBAGE_BLOB ? 'blob' : one.kind === GARBAGE_INDEX ? 'index' : '?'} ${one.digest ?? ''}`,
-  );
+  return found.map((one) => `${KINDS[one.kind ?? -1] ?? '?'} ${one.digest ?? ''}`);
 }
 
 describe('collecting', () => {
@@ -91,6 +97,18 @@ describe('collecting', () => {
     expect(blobs()).toEqual([`${A}.data`]);
     expect(indexes()).toEqual([`${A}.erofs`, `${A}.json`, `${A}.zwin`]);
     expect(await collect([A])).toEqual([]);
+  });
+
+  it('takes what starts were recorded to read when no snapshot has a layer of it', async () => {
+    for (const hex of [A, B])
+      await records.keep(digest(hex), '', [{ layer: digest(C), offset: 0, length: 1 }]);
+    await records.keep(digest(C), '', [{ layer: digest(B), offset: 0, length: 1 }]);
+    opened.add(digest(B));
+    expect(await collect([C])).toEqual([]);
+    const both = [`record ${digest(A)}`, `record ${digest(B)}`];
+    expect((await collect([], { dryRun: true })).sort()).toEqual(both);
+    expect((await collect([])).sort()).toEqual(both);
+    expect((await records.all()).map(({ manifestDigest }) => manifestDigest)).toEqual([digest(C)]);
   });
 
   it('takes with "all" the blobs of layers that are not open, and keeps their indexes', async () => {

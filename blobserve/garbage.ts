@@ -1,5 +1,6 @@
 /**
- * Frees what nothing uses, when an operator asks for it (`erofs-nbd gc`): blobs and indexes of layers that no snapshot has.
+ * Frees what nothing uses, when an operator asks for it (`erofs-nbd gc`): blobs and indexes of layers that no snapshot has, and
+ * what starts of images were recorded to read that have no such layer.
  * The snapshotter says which those are; what is open or under way in this process stays whatever it says.
  *
  * Kept besides: digests of blobs that were complete and right once, and which published indexes are refused. They are small,
@@ -9,12 +10,15 @@ import { readdir, rm, stat } from 'node:fs/promises';
 import path from 'node:path';
 import type { Logger } from '../daemon/log.js';
 import { control } from '../proto/messages.js';
+import type { PrefetchRecords } from './prefetch-records.js';
 import type { CacheSpace } from './readers/cache-space.js';
 
 export interface GarbageOptions {
   /** Directories of indexes: `<root>/index`, and what has its form. */
   readonly indexDirectories: readonly string[];
   readonly space: Pick<CacheSpace, 'collect'>;
+  /** What starts of images were recorded to read. */
+  readonly records: Pick<PrefetchRecords, 'all'>;
   /** Whether somebody has the blob open. */
   readonly isOpen: (digest: string) => boolean;
   /** Layers of pulls under way that are going to be asked for. */
@@ -78,6 +82,11 @@ export class GarbageCollection {
         const bytes = await this.#removeIndex(digest, files, dryRun);
         garbage.push({ kind: control.GarbageKind.GARBAGE_INDEX, digest, bytes });
       }
+    }
+    for (const { manifestDigest, file, layers: read, bytes } of await this.#options.records.all()) {
+      if ([...read].some((digest) => layers.has(digest) || busy(digest))) continue;
+      if (!dryRun) await rm(file, { force: true });
+      garbage.push({ kind: control.GarbageKind.GARBAGE_RECORD, digest: manifestDigest, bytes });
     }
     if (!dryRun && garbage.length > 0) {
       const bytes = garbage.reduce((sum, one) => sum + (one.bytes ?? 0), 0);

@@ -22,8 +22,10 @@ import { FuseBackend } from './attach/fuse-backend.js';
 import { NbdBackend } from './attach/nbd-backend.js';
 import { controlImplementation } from './control-service.js';
 import { LayerPaths } from './data-path.js';
+import { FirstReads } from './first-reads.js';
 import { GarbageCollection } from './garbage.js';
 import { readGivenFiles } from './given-files.js';
+import { ImageStarts } from './image-starts.js';
 import { LayerBlobs } from './layer-blobs.js';
 import { CONFIRM, LayerIndexer } from './layer-indexer.js';
 import { isClassic, LayerLookup } from './layer-lookup.js';
@@ -31,7 +33,9 @@ import { LayerServer } from './layer-server.js';
 import { MaterialisedLayers } from './materialised-layers.js';
 import { Prefetches } from './prefetch.js';
 import { recordedOrder } from './prefetch-order.js';
+import { PrefetchRecords } from './prefetch-records.js';
 import { PublishedIndexes } from './published/published-indexes.js';
+import { StartRecordings } from './start-recordings.js';
 import { Verifications } from './verification.js';
 import { openRegistryClient } from './open-registry-client.js';
 import { PullCredentials } from './registry/pull-credentials.js';
@@ -103,7 +107,7 @@ async function main(): Promise<void> {
   const pulls = new PullCredentials();
   const client = openRegistryClient(configuration, log, pulls);
   const lookup = new LayerLookup(client);
-  const { index } = configuration;
+  const { index, prefetch, cache } = configuration;
   const indexer = new LayerIndexer({
     directory: layout.index,
     workers: index.workers,
@@ -122,14 +126,19 @@ async function main(): Promise<void> {
     maxBytes: index.max_published,
     maxUncompressedBytes: index.max_uncompressed,
     maxEntries: index.max_entries,
+    maxSpans: prefetch.max_spans,
     log,
   });
+  const records = new PrefetchRecords(layout.prefetch, { maxSpans: prefetch.max_spans });
   const blobs = new LayerBlobs({
     configuration,
     cacheDirectory: layout.cache,
     digestsDirectory: layout.digests,
     client,
-    sweepElsewhere: () => indexer.sweep(configuration.cache.keep_unused),
+    sweepElsewhere: async () => {
+      await indexer.sweep(cache.keep_unused);
+      await records.sweep(cache.keep_unused, (digest) => starts.isOpen(digest));
+    },
     log,
   });
   const materialised = new MaterialisedLayers({
@@ -149,9 +158,40 @@ async function main(): Promise<void> {
     given: given ?? {},
     log,
   });
+  const firstReads = new FirstReads({
+    rangeBytes: prefetch.range,
+    requests: prefetch.requests,
+    maxBytes: prefetch.max_bytes,
+    room: () => (blobs.space.scarce ? -1 : blobs.space.roomOfBlobs()),
+    log,
+  });
+  const starts: ImageStarts = new ImageStarts({
+    configuration,
+    firstReads,
+    records,
+    published,
+    lookup,
+    log,
+  });
+  const recordings = prefetch.record
+    ? new StartRecordings({
+        durationMs: prefetch.record_time,
+        maxBytes: prefetch.max_bytes,
+        maxSpans: prefetch.max_spans,
+        rangeBytes: prefetch.range,
+        layer: (digest) => starts.layer(digest),
+        keep: async (manifestDigest, command, list) => {
+          const kept = await records.keep(manifestDigest, command, list);
+          if (kept) starts.recorded(manifestDigest);
+          return kept;
+        },
+        log,
+      })
+    : undefined;
   const garbage = new GarbageCollection({
     indexDirectories: [layout.index, path.join(layout.index, CONFIRM)],
     space: blobs.space,
+    records,
     isOpen: (digest) => blobs.opened(digest).length > 0,
     expected: () => lookup.expected(),
     log,
@@ -174,7 +214,9 @@ async function main(): Promise<void> {
         // Whoever attaches those layers is told what went wrong with them.
         indexSiblings(source).catch((error: unknown) => log.debug({ err: error }, 'not indexed ahead'));
       }
-      return garbage.using(source.layerDigest ?? '', () => paths.open(source, checked, signal));
+      return garbage.using(source.layerDigest ?? '', async () =>
+        starts.opened(source, await paths.open(source, checked, signal), checked),
+      );
     },
     log,
   });
@@ -210,6 +252,8 @@ async function main(): Promise<void> {
     setTimeout(leave, STOP_TIMEOUT).unref();
     // In order, so that the answer to a Shutdown still leaves; calls that wait for a registry are not waited for.
     controlServer.tryShutdown(() => undefined);
+    firstReads.close();
+    recordings?.close();
     Promise.all([prefetches.close(), verifications.close()])
       .then(() => server.close())
       .then(() => blobs.close())
@@ -226,6 +270,7 @@ async function main(): Promise<void> {
       hosts: () => client.hosts(),
       describe: (source, platform) => lookup.describe(source, platform),
       prefetches,
+      recordings,
       verifications,
       garbage,
       pulls,

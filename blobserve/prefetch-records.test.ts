@@ -51,7 +51,9 @@ describe('records of what starts read', () => {
     for (const image of ['a', 'b']) utimesSync(file(image), 1, 1);
     await records.used(digest('b'));
     expect((await records.all()).map(({ manifestDigest }) => manifestDigest)[0]).toBe(digest('a'));
-    await records.sweep(60_000);
+    await records.sweep(60_000, (layer) => layer === digest('1'));
+    expect(await records.all()).toHaveLength(3);
+    await records.sweep(60_000, () => false);
     expect(readdirSync(path.join(directory, 'sha256')).sort()).toEqual(
       ['b', 'c'].map((image) => `${image.repeat(64)}.json`),
     );

@@ -51,6 +51,8 @@ export interface PrefetchRecord {
   readonly layers: ReadonlySet<string>;
   /** Bytes of the disk. */
   readonly bytes: number;
+  /** When it was recorded or used last; milliseconds since 1970. */
+  readonly usedAt: number;
 }
 
 /** `stat` counts in these. */
@@ -101,13 +103,13 @@ export class PrefetchRecords {
     return kept;
   }
 
-  /** All records, the one used last at the end. Those that cannot be read have no layers. */
+  /** All records, the one that was used last at the end. Those that cannot be read have no layers. */
   async all(): Promise<PrefetchRecord[]> {
     const names = await readdir(this.#folder).catch((error: NodeJS.ErrnoException) => {
       if (error.code === 'ENOENT') return [];
       throw error;
     });
-    const found: (PrefetchRecord & { readonly usedAt: number })[] = [];
+    const found: PrefetchRecord[] = [];
     for (const name of names) {
       const hex = NAME.exec(name)?.[1];
       if (hex === undefined) continue;
@@ -126,14 +128,12 @@ export class PrefetchRecords {
    * Removes what was neither recorded nor used for so long.
    *
    * @param keepMs milliseconds
+   * @param isOpen whether a layer is attached: what belongs to one stays
    * @throws the error of the system call that failed
    */
-  async sweep(keepMs: number): Promise<void> {
-    const names = await readdir(this.#folder).catch(() => []);
-    for (const name of names) {
-      const file = path.join(this.#folder, name);
-      const status = await stat(file).catch(() => undefined);
-      if (status !== undefined && status.mtimeMs < Date.now() - keepMs) await rm(file, { force: true });
+  async sweep(keepMs: number, isOpen: (layer: string) => boolean): Promise<void> {
+    for (const { file, layers, usedAt } of await this.all()) {
+      if (usedAt < Date.now() - keepMs && ![...layers].some(isOpen)) await rm(file, { force: true });
     }
   }
 

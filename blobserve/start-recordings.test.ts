@@ -29,8 +29,8 @@ describe('the recording of a start', () => {
   const open = (options: Partial<StartRecordingsOptions> = {}): StartRecordings =>
     new StartRecordings({
       ...{ durationMs: 1000, maxBytes: 10_000 * KIB, maxSpans: 100, rangeBytes: 256 * KIB },
-      layer: (id) => layers[id],
-      keep: (manifest, command, list) => Promise.resolve(void kept.push({ manifest, command, list })),
+      layer: (digest) => layers.find((one) => one.digest === digest),
+      keep: (manifest, command, list) => Promise.resolve(kept.push({ manifest, command, list }) > 0),
       log: createLogger('test', 'error', 'text'),
       ...options,
     });
@@ -38,7 +38,7 @@ describe('the recording of a start', () => {
   it('has what was asked for of each layer, in that order, each once, for so long', () => {
     const recordings = open();
     layers[0]?.record.read(900 * KIB, 4096, 1, 0);
-    recordings.started('key', [0, 1], '');
+    recordings.started('key', ['top', 'base'], '');
     const [top, base] = layers.map(({ record }) => record);
     top?.read(64 * KIB, 4096, 20, 0);
     base?.read(70 * KIB, 30 * KIB, 30, 0);
@@ -46,7 +46,7 @@ describe('the recording of a start', () => {
     top?.read(320 * KIB, 4096, 10, 50);
     top?.read(128 * KIB, 70 * KIB, 40, 0);
     top?.read(64 * KIB, 4096, 50, 0);
-    recordings.started('key', [0, 1], 'command');
+    recordings.started('key', ['top', 'base'], 'command');
     vi.advanceTimersByTime(1000);
     top?.read(512 * KIB, 4096, 60, 0);
     expect(kept).toEqual([
@@ -64,11 +64,11 @@ describe('the recording of a start', () => {
 
   it('ends at its limits, and keeps nothing of what it did not see as a whole', () => {
     const recordings = open({ maxBytes: 128 * KIB });
-    recordings.started('key', [0], '');
+    recordings.started('key', ['top'], '');
     layers[0]?.record.read(0, 1000 * KIB, 1, 0);
     vi.advanceTimersByTime(1000);
     expect(kept[0]?.list).toEqual([{ layer: 'top', offset: 0, length: 128 * KIB }]);
-    recordings.started('key', [0], '');
+    recordings.started('key', ['top'], '');
     layers[0]?.record.read(0, 1000 * KIB, 1, 0);
     recordings.close();
     vi.advanceTimersByTime(1000);
@@ -77,7 +77,7 @@ describe('the recording of a start', () => {
 
   it('is of no layer that is not attached', () => {
     const recordings = open();
-    recordings.started('key', [7], '');
+    recordings.started('key', ['other'], '');
     vi.advanceTimersByTime(1000);
     expect(kept).toEqual([]);
   });

@@ -28,9 +28,9 @@ export interface StartRecordingsOptions {
   readonly maxSpans: number;
   /** Bytes of a span that is made of several. */
   readonly rangeBytes: number;
-  readonly layer: (layerId: number) => RecordedLayer | undefined;
-  /** Keeps what was recorded. @param command digest of the command; empty: not known */
-  readonly keep: (manifestDigest: string, command: string, list: PrefetchList) => Promise<void>;
+  readonly layer: (digest: string) => RecordedLayer | undefined;
+  /** Keeps what was recorded, unless more is known. @param command digest of the command; empty: not known */
+  readonly keep: (manifestDigest: string, command: string, list: PrefetchList) => Promise<boolean>;
   readonly log: Logger;
 }
 
@@ -61,16 +61,16 @@ export class StartRecordings {
    * A container starts. Called again with the same key, it says what is known by then of its command.
    *
    * @param key of its snapshot
-   * @param layerIds the topmost first, which says the image
+   * @param digests of its layers, the topmost first, which says the image
    * @param command digest of the command; empty: not known yet
    */
-  started(key: string, layerIds: readonly number[], command: string): void {
+  started(key: string, digests: readonly string[], command: string): void {
     const known = this.#recordings.get(key);
     if (known !== undefined) {
       if (command !== '') known.command = command;
       return;
     }
-    const layers = layerIds.flatMap((id) => this.#options.layer(id) ?? []);
+    const layers = digests.flatMap((digest) => this.#options.layer(digest) ?? []);
     const manifestDigest = layers[0]?.manifestDigest ?? '';
     if (manifestDigest === '' || this.#recordings.size >= AT_ONCE) return;
     const recording: Recording = {
@@ -127,9 +127,10 @@ export class StartRecordings {
     const list = mergeSpans(spans, { gap: 0, most: rangeBytes }).slice(0, maxSpans);
     if (list.length === 0) return;
     try {
-      await keep(manifestDigest, command, list);
+      const kept = await keep(manifestDigest, command, list);
       const about = { image: manifestDigest, command, spans: list.length, bytes: bytesOf(list) };
-      log.info(about, 'recorded what a container read first');
+      if (kept) log.info(about, 'recorded what a container read first');
+      else log.debug(about, 'more is known of what such a container reads first');
     } catch (error) {
       log.warn({ image: manifestDigest, err: error }, 'what a container read first cannot be kept');
     }

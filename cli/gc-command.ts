@@ -20,10 +20,11 @@ interface GcCommandLine extends NodeOptions {
   readonly json?: true;
 }
 
-const KINDS: Readonly<Record<number, 'blob' | 'index' | 'unfinished'>> = {
+const KINDS: Readonly<Record<number, 'blob' | 'index' | 'unfinished' | 'record'>> = {
   [control.GarbageKind.GARBAGE_BLOB]: 'blob',
   [control.GarbageKind.GARBAGE_INDEX]: 'index',
   [control.GarbageKind.GARBAGE_UNFINISHED]: 'unfinished',
+  [control.GarbageKind.GARBAGE_RECORD]: 'record',
 };
 
 export function addGcCommand(program: Command): void {

@@ -1,18 +1,16 @@
 /** Finds our own index of an image in its registry: named by the image's manifest, or referring to it. */
 import type { Reference } from '../registry/reference.js';
-import { ARTIFACT_TYPE, ArtifactError, CONFIG_MAX, decodeConfig, type PublishedLayer } from './artifact.js';
+import { ARTIFACT_TYPE, type ArtifactContent, ArtifactError, CONFIG_MAX, decodeConfig } from './artifact.js';
 import type { IndexRegistry } from './index-registry.js';
 
 /** In the annotations of an image's manifest: the digest of its index. */
 export const INDEX_ANNOTATION = 'io.erofs-nbd.index-digest';
 
-export interface ArtifactIndex {
+export interface ArtifactIndex extends ArtifactContent {
   /** Of the artifact's manifest. */
   readonly digest: string;
   /** Whether the image's own manifest names it. */
   readonly pinned: boolean;
-  /** By the digest of the layer. */
-  readonly layers: ReadonlyMap<string, PublishedLayer>;
 }
 
 /**
@@ -39,5 +37,5 @@ export async function findArtifact(
   const fetched = await registry.fetchManifest({ host, repository, digest: found }, { signal });
   if (fetched.kind !== 'manifest') throw new ArtifactError(`${found} is an index of manifests`);
   const config = await registry.fetchBlob(image, fetched.manifest.config.digest, CONFIG_MAX, signal);
-  return { digest: fetched.digest, pinned: named !== undefined, layers: decodeConfig(config) };
+  return { digest: fetched.digest, pinned: named !== undefined, ...decodeConfig(config) };
 }

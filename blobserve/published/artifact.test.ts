@@ -65,7 +65,9 @@ describe('the documents of a published index', () => {
 
   it('say what was put in', () => {
     const { config, manifest } = encodeArtifact(SUBJECT, [published()]);
-    expect([...decodeConfig(config.body)]).toEqual([[record.digest, published()]]);
+    const decoded = decodeConfig(config.body);
+    expect([...decoded.layers]).toEqual([[record.digest, published()]]);
+    expect(decoded.prefetch).toBeUndefined();
     expect(JSON.parse(manifest.body.toString())).toMatchObject({
       artifactType: 'application/vnd.erofs-nbd.index.v1',
       subject: SUBJECT,

@@ -5,6 +5,7 @@
 import { z } from 'zod';
 import { layerIndexSchema, type LayerIndexRecord } from '../layer/index/layer-index.js';
 import type { Descriptor } from '../registry/manifest.js';
+import { PREFETCH_TYPE } from '../prefetch-list.js';
 import { digestOf, isDigest } from '../registry/digest.js';
 
 export const ARTIFACT_TYPE = 'application/vnd.erofs-nbd.index.v1';
@@ -34,10 +35,22 @@ const configSchema = z.object({
       }),
     )
     .max(LAYERS_MAX),
+  prefetch: blob.optional(),
 });
 
 /** What is published for a layer: its record, and where its two files are. */
 export type PublishedLayer = z.output<typeof configSchema>['layers'][number];
+
+/** A blob of the artifact: its digest and bytes as published. */
+export type PublishedBlob = z.output<typeof blob>;
+
+/** What an artifact says of an image. */
+export interface ArtifactContent {
+  /** By the layer's digest. */
+  readonly layers: ReadonlyMap<string, PublishedLayer>;
+  /** The prefetch list, when there is one. */
+  readonly prefetch: PublishedBlob | undefined;
+}
 
 export class ArtifactError extends Error {
   override readonly name = 'ArtifactError';
@@ -63,6 +76,7 @@ function document(mediaType: string, value: unknown): ArtifactDocument {
 export function encodeArtifact(
   subject: Pick<Descriptor, 'mediaType' | 'digest' | 'size'> | undefined,
   layers: readonly PublishedLayer[],
+  prefetch?: PublishedBlob,
 ): { readonly config: ArtifactDocument; readonly manifest: ArtifactDocument } {
   const config = document(CONFIG_TYPE, {
     format: 1,
@@ -71,8 +85,9 @@ export function encodeArtifact(
       tarindex: { digest: tarindex.digest, size: tarindex.size },
       checkpoints: { digest: checkpoints.digest, size: checkpoints.size },
     })),
+    ...(prefetch && { prefetch: { digest: prefetch.digest, size: prefetch.size } }),
   });
-  const describe = (mediaType: string, { digest, size }: z.output<typeof blob>) => ({
+  const describe = (mediaType: string, { digest, size }: PublishedBlob) => ({
     mediaType,
     digest,
     size,
@@ -82,10 +97,13 @@ export function encodeArtifact(
     mediaType: MANIFEST_TYPE,
     artifactType: ARTIFACT_TYPE,
     config: describe(CONFIG_TYPE, { digest: config.digest, size: config.body.length }),
-    layers: layers.flatMap(({ tarindex, checkpoints }) => [
-      describe(TARINDEX_TYPE, tarindex),
-      describe(CHECKPOINTS_TYPE, checkpoints),
-    ]),
+    layers: [
+      ...layers.flatMap(({ tarindex, checkpoints }) => [
+        describe(TARINDEX_TYPE, tarindex),
+        describe(CHECKPOINTS_TYPE, checkpoints),
+      ]),
+      ...(prefetch ? [describe(PREFETCH_TYPE, prefetch)] : []),
+    ],
     ...(subject && {
       subject: { mediaType: subject.mediaType, digest: subject.digest, size: subject.size },
     }),
@@ -94,12 +112,12 @@ export function encodeArtifact(
 }
 
 /**
- * What an artifact says of each layer, by the layer's digest.
+ * What an artifact says.
  *
  * @param config the artifact's configuration
  * @throws {ArtifactError} naming what is wrong
  */
-export function decodeConfig(config: Buffer): ReadonlyMap<string, PublishedLayer> {
+export function decodeConfig(config: Buffer): ArtifactContent {
   let value: unknown;
   try {
     value = JSON.parse(config.toString('utf8'));
@@ -121,7 +139,7 @@ export function decodeConfig(config: Buffer): ReadonlyMap<string, PublishedLayer
     if (layers.has(layer.index.digest)) throw new ArtifactError(`it has layer ${layer.index.digest} twice`);
     layers.set(layer.index.digest, layer);
   }
-  return layers;
+  return { layers, prefetch: parsed.data.prefetch };
 }
 
 /** Its keys in the order of the alphabet, without what is of this node alone. */

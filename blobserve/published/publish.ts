@@ -7,6 +7,7 @@ import { gzipSync } from 'fflate';
 import { control } from '../../proto/messages.js';
 import type { LayerIndexFiles, LayerIndexRecord } from '../layer/index/layer-index.js';
 import type { LayerLookup } from '../layer-lookup.js';
+import { encodeList, type PrefetchList } from '../prefetch-list.js';
 import { digestOf } from '../registry/digest.js';
 import type { FetchedManifest } from '../registry/manifest.js';
 import { formatReference, type Reference } from '../registry/reference.js';
@@ -35,6 +36,8 @@ export interface PublishOptions {
   /** Makes or finds the index of a layer on this machine. */
   readonly index: (layer: Source) => Promise<LayerIndexRecord>;
   readonly files: (digest: string) => LayerIndexFiles;
+  /** What a start of the image reads, to be published with the index. @param layers of the image */
+  readonly prefetch?: (manifestDigest: string, layers: readonly Source[]) => Promise<PrefetchList>;
   /** Tag of a copy of the image that names the index, in place of an index that refers to the image. */
   readonly attachTo?: string;
   /** Told as layers are done, with how many there are. */
@@ -54,6 +57,8 @@ export interface PublishedArtifact {
   /** Bytes of its blobs, and how many of them the registry did not have. */
   readonly bytes: number;
   readonly pushedBytes: number;
+  /** Spans of the prefetch list, when there is one. */
+  readonly prefetchSpans?: number;
 }
 
 /**
@@ -72,6 +77,7 @@ export async function publishIndex(
   const repository = { host: image.host, repository: image.repository };
   const subject = await registry.fetchManifest({ ...repository, digest: subjectDigest });
   if (options.attachTo !== undefined) checkAnnotatable(image, subject);
+  const list = await options.prefetch?.(subjectDigest, sources);
   const layers: PublishedLayer[] = [];
   let [bytes, pushedBytes] = [0, 0];
   const push = async (body: Buffer): Promise<{ digest: string; size: number }> => {
@@ -100,9 +106,14 @@ export async function publishIndex(
   }
   const { mediaType, digest, size } = subject;
   const isNamed = options.attachTo !== undefined;
-  const { config, manifest } = encodeArtifact(isNamed ? undefined : { mediaType, digest, size }, layers);
+  const prefetch = list && (await push(encodeList(list)));
+  const refersTo = isNamed ? undefined : { mediaType, digest, size };
+  const { config, manifest } = encodeArtifact(refersTo, layers, prefetch);
   await push(config.body);
-  const found = { digest: manifest.digest, subject: digest, layers: layers.length, of: sources.length };
+  const found = {
+    ...{ digest: manifest.digest, subject: digest, layers: layers.length, of: sources.length },
+    ...(list && { prefetchSpans: list.length }),
+  };
   if (isNamed) {
     // Registries remove what has neither a tag nor a subject.
     const tag = `erofs-nbd-index-${manifest.digest.slice('sha256:'.length, 'sha256:'.length + 32)}`;

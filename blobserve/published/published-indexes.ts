@@ -16,6 +16,7 @@ import type { EstargzThreadData, EstargzThreadReply } from '../layer/estargz/est
 import type { ZtocThreadData, ZtocThreadReply } from '../layer/soci/ztoc-thread.js';
 import type { BlobReader } from '../readers/blob-reader.js';
 import type { Descriptor } from '../registry/manifest.js';
+import { decodeList, longestDocument, type PrefetchList } from '../prefetch-list.js';
 import { formatReference, parseReference, type Reference } from '../registry/reference.js';
 import type { PublishedLayer } from './artifact.js';
 import type { ArtifactImport } from './artifact-import.js';
@@ -54,6 +55,8 @@ export interface PublishedIndexesOptions {
   /** Most bytes of an uncompressed layer, and most files. */
   readonly maxUncompressedBytes: number;
   readonly maxEntries: number;
+  /** Most spans of a prefetch list. */
+  readonly maxSpans: number;
   readonly log: Logger;
 }
 
@@ -91,6 +94,11 @@ const FAILED_KEPT_MS = 60_000;
 export class PublishedIndexes {
   readonly #options: PublishedIndexesOptions;
   readonly #images = new LRUCache<string, Promise<Published | undefined>>({ max: IMAGES_MAX, ttl: KEPT_MS });
+  /** Lists, and artifacts of images that nobody has looked for an index of. */
+  readonly #lists = new LRUCache<string, Promise<PrefetchList | undefined>>({
+    max: IMAGES_MAX,
+    ttl: KEPT_MS,
+  });
 
   constructor(options: PublishedIndexesOptions) {
     this.#options = options;
@@ -136,6 +144,55 @@ export class PublishedIndexes {
       }
     }
     return undefined;
+  }
+
+  /**
+   * The prefetch list that was published for an image: with its index, or alone where its layers need none. Asked for once, and
+   * the answer kept, also that there is none.
+   *
+   * @param manifestDigest of the platform's manifest
+   * @returns undefined when there is none that may be used: the log says why. Nothing in it has been compared with the image
+   */
+  prefetchList(imageRef: string, manifestDigest: string): Promise<PrefetchList | undefined> {
+    const { trust, sources, log } = this.#options;
+    if (trust === 'none' || manifestDigest === '' || !sources.includes('erofs-nbd'))
+      return Promise.resolve(undefined);
+    const image = { ...parseReference(imageRef), digest: manifestDigest };
+    const key = formatReference(image);
+    const known = this.#lists.get(key);
+    if (known !== undefined) return known;
+    const finding = this.#askList(image).catch((error: unknown) => {
+      log.warn({ image: key, reason: String(error) }, 'a published prefetch list cannot be used');
+      this.#lists.set(key, Promise.resolve(undefined), { ttl: FAILED_KEPT_MS });
+      return undefined;
+    });
+    this.#lists.set(key, finding);
+    return finding;
+  }
+
+  async #askList(image: Image): Promise<PrefetchList | undefined> {
+    const { maxSpans, log } = this.#options;
+    const found = this.#images.get(formatReference(image));
+    const artifact = found === undefined ? await this.#askArtifact(image) : (await found)?.artifact;
+    if (artifact?.prefetch === undefined) return undefined;
+    const { digest, size } = artifact.prefetch;
+    const longest = longestDocument({ maxSpans });
+    if (size > longest) {
+      throw new Error(`${digest} has ${size} bytes; with prefetch.max_spans ${longest} are read`);
+    }
+    const list = decodeList(await this.#options.registry.fetchBlob(image, digest, longest), { maxSpans });
+    const about = { image: formatReference(image), index: artifact.digest, pinned: artifact.pinned };
+    log.info({ ...about, spans: list.length }, 'took a published prefetch list');
+    return list;
+  }
+
+  /** Of an image whose layers need no index: its manifest, and what refers to that. */
+  async #askArtifact(image: Image): Promise<ArtifactIndex | undefined> {
+    const { registry, trust, lookupTimeoutMs } = this.#options;
+    const signal = AbortSignal.timeout(lookupTimeoutMs);
+    const fetched = await registry.fetchManifest(image, { signal });
+    const annotations = (fetched.kind === 'manifest' ? fetched.manifest.annotations : undefined) ?? {};
+    return findArtifact(registry, image, annotations, trust === 'referrers', signal);
   }
 
   *#candidates(

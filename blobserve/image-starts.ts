@@ -1,0 +1,143 @@
+/**
+ * What is known of the starts of an image, put to use: when one of its layers is opened to be attached, at pull time, what this
+ * node has recorded or somebody has published is fetched ahead (first-reads.ts); and open layers are found by those who record.
+ */
+import { LRUCache } from 'lru-cache';
+import type { Configuration } from '../daemon/configuration.js';
+import type { Logger } from '../daemon/log.js';
+import type { control } from '../proto/messages.js';
+import type { LayerPath } from './data-path.js';
+import type { FirstReads } from './first-reads.js';
+import type { LayerLookup } from './layer-lookup.js';
+import { bytesOf, listFor, mergeSpans, type PrefetchList, PrefetchListError } from './prefetch-list.js';
+import type { PrefetchRecords } from './prefetch-records.js';
+import type { PublishedIndexes } from './published/published-indexes.js';
+import type { RecordedLayer } from './start-recordings.js';
+
+type Source = control.LayerSource.$Properties;
+
+export interface ImageStartsOptions {
+  readonly configuration: Pick<Configuration, 'prefetch' | 'cache'>;
+  readonly firstReads: Pick<FirstReads, 'stream'>;
+  readonly records: Pick<PrefetchRecords, 'list' | 'used'>;
+  readonly published: Pick<PublishedIndexes, 'prefetchList'>;
+  readonly lookup: Pick<LayerLookup, 'layers'>;
+  readonly log: Logger;
+}
+
+interface OpenLayer {
+  readonly source: Source;
+  readonly path: LayerPath;
+  /** Images for which it is being fetched ahead, or has been. */
+  readonly streamedFor: Set<string>;
+}
+
+/** Images whose list is remembered, and for how many milliseconds. */
+const IMAGES_MAX = 64;
+const KEPT_MS = 10 * 60_000;
+
+export class ImageStarts {
+  readonly #options: ImageStartsOptions;
+  /** By digest of the layer. */
+  readonly #open = new Map<string, OpenLayer>();
+  /** By digest of the image's manifest. */
+  readonly #lists = new LRUCache<string, Promise<PrefetchList>>({ max: IMAGES_MAX, ttl: KEPT_MS });
+
+  constructor(options: ImageStartsOptions) {
+    this.#options = options;
+  }
+
+  /**
+   * A layer was opened to be attached.
+   *
+   * @param mounted it was before: its image was pulled long ago, and nobody waits for its start
+   * @returns the same path, whose end is noticed here
+   */
+  opened(source: Source, path: LayerPath, mounted: boolean): LayerPath {
+    const digest = source.layerDigest ?? '';
+    const layer = { source, path, streamedFor: new Set<string>() };
+    this.#open.set(digest, layer);
+    if (!mounted && path.blob !== undefined) void this.#stream(source);
+    return {
+      ...path,
+      close: () => {
+        if (this.#open.get(digest) === layer) this.#open.delete(digest);
+        return path.close();
+      },
+    };
+  }
+
+  isOpen(digest: string): boolean {
+    return this.#open.has(digest);
+  }
+
+  /** An open layer, as recordings need it. */
+  layer(digest: string): RecordedLayer | undefined {
+    const layer = this.#open.get(digest);
+    if (layer === undefined) return undefined;
+    const { source, path } = layer;
+    const { size = 0, manifestDigest } = source;
+    return { digest, size: size ?? 0, manifestDigest: manifestDigest ?? '', ...path };
+  }
+
+  /** What is known of an image has changed. */
+  recorded(manifestDigest: string): void {
+    this.#lists.delete(manifestDigest);
+  }
+
+  /** Never rejects: without a list, bytes come when they are read. */
+  async #stream(source: Source): Promise<void> {
+    const { configuration, firstReads, log } = this.#options;
+    const image = source.manifestDigest ?? '';
+    if (!configuration.prefetch.use || image === '') return;
+    try {
+      const list = await this.#list(source, image);
+      // Also what others have attached before: the image is asked for its upper layers only then.
+      for (const digest of new Set(list.map(({ layer }) => layer))) {
+        const layer = this.#open.get(digest);
+        const cache = layer?.path.blob?.cache;
+        if (layer === undefined || cache === undefined || layer.streamedFor.has(image)) continue;
+        layer.streamedFor.add(image);
+        if (cache.allCached) continue;
+        const parts = list.flatMap((span, rank) => (span.layer === digest ? [{ ...span, rank }] : []));
+        firstReads.stream(image, cache, parts);
+      }
+    } catch (error) {
+      log.warn({ image, reason: String(error) }, 'a prefetch list is not used');
+    }
+  }
+
+  #list(source: Source, image: string): Promise<PrefetchList> {
+    const known = this.#lists.get(image);
+    if (known !== undefined) return known;
+    const finding = this.#find(source, image);
+    this.#lists.set(image, finding);
+    // What is wrong with a list stays so; who cannot be asked is asked again.
+    finding.catch((error: unknown) => {
+      if (!(error instanceof PrefetchListError)) this.#lists.delete(image);
+    });
+    return finding;
+  }
+
+  async #find(source: Source, image: string): Promise<PrefetchList> {
+    const { records, published, lookup, configuration, log } = this.#options;
+    const { max_bytes: maxBytes, max_spans: maxSpans, range } = configuration.prefetch;
+    const own = await records.list(image).catch((error: unknown) => {
+      log.warn({ image, reason: String(error) }, 'a record of what starts read is not used');
+      return undefined;
+    });
+    const list = own ?? (await published.prefetchList(source.imageRef ?? '', image));
+    if (list === undefined) return [];
+    if (own !== undefined) await records.used(image);
+    const layers = await lookup.layers(source, '');
+    const sizes = new Map(layers.map(({ layerDigest, size }) => [layerDigest ?? '', size ?? 0]));
+    const usable = listFor(list, sizes, { maxBytes, maxSpans });
+    const { foreign, cut } = usable;
+    if (foreign > 0) log.info({ image, spans: foreign }, 'spans of layers that the image does not have');
+    if (cut > 0) log.info({ image, bytes: cut, maxBytes, maxSpans }, 'a prefetch list is used in part');
+    const merged = mergeSpans(usable.list, { gap: configuration.cache.span_size, most: range });
+    const about = { image, recordedHere: own !== undefined, spans: merged.length, bytes: bytesOf(merged) };
+    log.info(about, 'what its start reads is known');
+    return merged;
+  }
+}
