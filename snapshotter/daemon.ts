@@ -19,6 +19,7 @@ import { LayerStore } from '../metadata/layers.js';
 import { SnapshotStore } from '../metadata/snapshots.js';
 import { nodeService, snapshotsService } from '../proto/service.js';
 import type { BlobServeProcess } from './blobserve-process.js';
+import { ContainerStarts } from './container-starts.js';
 import { ContainerdClient } from './containerd-client.js';
 import { CredentialRelay } from './credential-relay.js';
 import { closeDataPlane, openDataPlane } from './data-plane.js';
@@ -250,6 +251,14 @@ export class Daemon {
       attachments,
       finder,
       containerd: this.#containerd,
+      starts: configuration.prefetch.record
+        ? new ContainerStarts({
+            dataPlane,
+            containerd: this.#containerd,
+            timeoutMs: configuration.containerd.timeout,
+            log: this.#log,
+          })
+        : undefined,
       overlayOptions,
       log: this.#log,
     });

@@ -18,6 +18,7 @@ import type { SnapshotInfo, SnapshotNode, SnapshotStore } from '../metadata/snap
 import { CallError } from '../proto/unary-call.js';
 import { diskUsage, type Usage } from './disk-usage.js';
 import { idMapping, type IdMapping } from './id-mapping.js';
+import type { ContainerStarts } from './container-starts.js';
 import type { ContainerdClient } from './containerd-client.js';
 import { checkMapsMounts } from './mapped-mounts.js';
 import { layerUsage } from './layer-usage.js';
@@ -42,6 +43,8 @@ export interface SnapshotterOptions {
   readonly attachments: LayerAttachments;
   readonly finder: LayerFinder;
   readonly containerd: ContainerdClient;
+  /** Told when a container starts; undefined: nobody is. */
+  readonly starts: Pick<ContainerStarts, 'noticed'> | undefined;
   /** Options for every overlay mount. */
   readonly overlayOptions: readonly string[];
   readonly log: Logger;
@@ -119,7 +122,19 @@ export class Snapshotter {
         `snapshot ${JSON.stringify(key)} is committed: nothing to mount`,
       );
     }
-    return this.#mounts(node);
+    const mounts = await this.#mounts(node);
+    // One with a chain ID is a layer being unpacked.
+    if (node.kind === 'active' && !(LABEL_SNAPSHOT_REF in node.labels)) this.#noticeStart(key, node);
+    return mounts;
+  }
+
+  #noticeStart(key: string, { parents }: SnapshotNode): void {
+    const layerIds = parents.flatMap(({ layerId }) => (layerId === null ? [] : [layerId]));
+    const { starts, layers } = this.#options;
+    starts?.noticed(
+      key,
+      layerIds.map((layerId) => layers.get(layerId).digest),
+    );
   }
 
   /** @param parent only for an active snapshot that was prepared without one; empty otherwise */
