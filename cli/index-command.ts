@@ -12,12 +12,15 @@ import { digestFile, type LayerIndexRecord } from '../blobserve/layer/index/laye
 import { isClassic, LayerLookup } from '../blobserve/layer-lookup.js';
 import { openRegistryClient } from '../blobserve/open-registry-client.js';
 import { publishIndex, type PublishedArtifact } from '../blobserve/published/publish.js';
+import { listFor, type PrefetchList } from '../blobserve/prefetch-list.js';
+import { PrefetchRecords } from '../blobserve/prefetch-records.js';
 import { FileReader } from '../blobserve/readers/file.js';
 import { RegistryRangeReader } from '../blobserve/readers/registry-range.js';
 import { RetryReader } from '../blobserve/readers/retry.js';
 import { formatReference, parseReference } from '../blobserve/registry/reference.js';
 import type { RegistryClient } from '../blobserve/registry/registry-client.js';
 import { type Configuration, loadConfiguration } from '../daemon/configuration.js';
+import { layout } from '../daemon/layout.js';
 import { createLogger } from '../daemon/log.js';
 import { control } from '../proto/messages.js';
 import { Failure, UsageError } from './failure.js';
@@ -30,6 +33,7 @@ interface IndexCommandLine {
   readonly out?: string;
   readonly push?: true;
   readonly attachByAnnotation?: string;
+  readonly withPrefetch?: true;
   readonly platform: string;
   readonly quiet?: true;
   readonly json?: true;
@@ -58,19 +62,24 @@ export function addIndexCommand(program: Command): void {
       '--attach-by-annotation <tag>',
       'with --push: in place of referring to the image, have a copy of it name the index; the copy gets this tag',
     )
+    .option(
+      '--with-prefetch',
+      'with --push: also publish what starts of the image on this node were recorded to read first',
+    )
     .addOption(
       new Option('--platform <os/architecture[/variant]>', 'of which platform').default('', "this machine's"),
     )
     .option('-q, --quiet', 'show no progress')
     .option('--json', 'print the result as JSON')
     .action((subject: string, options: IndexCommandLine) => {
-      checkAttaching(options);
+      checkChoices(options);
       return /^\.{0,2}\//.test(subject) ? indexFile(subject, options) : indexImage(subject, options);
     });
 }
 
 /** @throws {UsageError} */
-function checkAttaching({ push, attachByAnnotation: tag }: IndexCommandLine): void {
+function checkChoices({ push, attachByAnnotation: tag, withPrefetch }: IndexCommandLine): void {
+  if (withPrefetch === true && push !== true) throw new UsageError('--with-prefetch goes with --push');
   if (tag === undefined) return;
   if (push !== true) throw new UsageError('--attach-by-annotation goes with --push');
   if (!/^\w[\w.-]{0,127}$/.test(tag)) {
@@ -145,6 +154,10 @@ async function indexImage(image: string, options: IndexCommandLine): Promise<voi
           files,
           onLayer,
           ...(options.attachByAnnotation !== undefined && { attachTo: options.attachByAnnotation }),
+          ...(options.withPrefetch === true && {
+            prefetch: (manifestDigest, layers) =>
+              recordedList(configuration, formatReference(reference), manifestDigest, layers),
+          }),
         });
         progress.close();
         await print(
@@ -176,14 +189,43 @@ async function indexImage(image: string, options: IndexCommandLine): Promise<voi
   }
 }
 
+/** @throws {Failure} this node knows nothing of the image's starts */
+async function recordedList(
+  { root, prefetch }: Configuration,
+  image: string,
+  manifestDigest: string,
+  layers: readonly Source[],
+): Promise<PrefetchList> {
+  const { prefetch: directory } = layout(root);
+  const { max_bytes: maxBytes, max_spans: maxSpans } = prefetch;
+  let list: PrefetchList | undefined;
+  try {
+    list = await new PrefetchRecords(directory, { maxSpans }).list(manifestDigest);
+  } catch (error) {
+    const reason = error instanceof Error ? error.message : String(error);
+    throw new Failure(`${directory}: what starts of ${image} read cannot be read: ${reason}`, undefined, {
+      cause: error,
+    });
+  }
+  const sizes = new Map(layers.map(({ layerDigest, size }) => [layerDigest ?? '', size ?? 0]));
+  const usable = list === undefined ? [] : listFor(list, sizes, { maxBytes, maxSpans }).list;
+  if (usable.length > 0) return usable;
+  throw new Failure(
+    `${image}, manifest ${manifestDigest}: no start of it has been recorded in ${directory}. Pull it with erofs-nbd on this node, ` +
+      `run a container of it for longer than prefetch.record_time (${prefetch.record_time / 1000} s), and try again; ` +
+      'prefetch.record must not be false',
+  );
+}
+
 function sentence(
   image: string,
-  { digest, layers, of, bytes, pushedBytes, attached }: PublishedArtifact,
+  { digest, layers, of, bytes, pushedBytes, attached, prefetchSpans }: PublishedArtifact,
   tag: string | undefined,
 ): string {
   const sent = pushedBytes === bytes ? '' : `, of which ${bytes - pushedBytes} were there`;
   const copy = attached === undefined ? '' : `; the copy that names it is ${tag ?? ''}, ${attached}`;
-  return `${image}: index ${digest} of ${layers} of ${of} layers, ${bytes} bytes${sent}${copy}\n`;
+  const list = prefetchSpans === undefined ? '' : `, with a prefetch list of ${prefetchSpans} spans`;
+  return `${image}: index ${digest} of ${layers} of ${of} layers${list}, ${bytes} bytes${sent}${copy}\n`;
 }
 
 /** Reads the layer as it comes from the registry: what has been inflated once is in the journal of the index. */
