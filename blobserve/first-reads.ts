@@ -103,15 +103,16 @@ export class FirstReads {
       if (piece === undefined) break;
       if (piece.blob.closed) continue;
       const left = maxBytes - stream.asked;
-      if (piece.length > left || piece.length > room()) {
-        const reason = piece.length > left ? 'its limit of bytes is reached' : 'the cache has no room';
+      const length = Math.min(piece.length, left);
+      if (left <= 0 || length > room()) {
+        const reason = left <= 0 ? 'its limit of bytes is reached' : 'the cache has no room';
         log.info({ image, reason, asked: stream.asked }, 'nothing more is fetched ahead of its start');
         stream.pieces = [];
         break;
       }
-      stream.asked += piece.length;
+      stream.asked += length;
       stream.underWay++;
-      void this.#fetch(piece, stream, image).finally(() => {
+      void this.#fetch({ ...piece, length }, stream, image).finally(() => {
         stream.underWay--;
         this.#start(image, stream);
       });
