@@ -40,7 +40,7 @@ export class ImageStarts {
   readonly #options: ImageStartsOptions;
   /** By digest of the layer. */
   readonly #open = new Map<string, OpenLayer>();
-  /** By digest of the image's manifest. */
+  /** By image, as it was asked for, and manifest: others may have published other lists elsewhere. */
   readonly #lists = new LRUCache<string, Promise<PrefetchList>>({ max: IMAGES_MAX, ttl: KEPT_MS });
 
   constructor(options: ImageStartsOptions) {
@@ -82,7 +82,8 @@ export class ImageStarts {
 
   /** What is known of an image has changed. */
   recorded(manifestDigest: string): void {
-    this.#lists.delete(manifestDigest);
+    for (const key of [...this.#lists.keys()])
+      if (key.endsWith(` ${manifestDigest}`)) this.#lists.delete(key);
   }
 
   /** Never rejects: without a list, bytes come when they are read. */
@@ -108,13 +109,14 @@ export class ImageStarts {
   }
 
   #list(source: Source, image: string): Promise<PrefetchList> {
-    const known = this.#lists.get(image);
+    const key = `${source.imageRef ?? ''} ${image}`;
+    const known = this.#lists.get(key);
     if (known !== undefined) return known;
     const finding = this.#find(source, image);
-    this.#lists.set(image, finding);
+    this.#lists.set(key, finding);
     // What is wrong with a list stays so; who cannot be asked is asked again.
     finding.catch((error: unknown) => {
-      if (!(error instanceof PrefetchListError)) this.#lists.delete(image);
+      if (!(error instanceof PrefetchListError)) this.#lists.delete(key);
     });
     return finding;
   }
