@@ -44,6 +44,8 @@ export { LayerRefusedError } from './tar-device.js';
 /** A layer ready to be a device. */
 export interface LayerPath {
   readonly reader: BlobReader;
+  /** The same bytes for whoever looks for single ones: nothing is fetched behind what is read. Closed with `reader`. */
+  readonly lookedInto: BlobReader;
   /** What is read and fetched of it from now on. */
   readonly record: ReadingRecord;
   /** Since this process opened the layer; with what was fetched to index it. */
@@ -346,6 +348,7 @@ export class LayerPaths {
     const guard = new GuardReader(device);
     return {
       reader: guard,
+      lookedInto: device,
       record: new ReadingRecord(),
       blob: undefined,
       blobPart: () => undefined,
@@ -385,6 +388,7 @@ export class LayerPaths {
     const end = this.#options.blobs.lookAfter(blob, (error) => guard.refuse(error), before !== undefined);
     return {
       reader: guard,
+      lookedInto: device,
       guard,
       record: blob.record,
       blob,

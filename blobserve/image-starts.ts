@@ -1,6 +1,7 @@
 /**
  * What is known of the starts of an image, put to use: when one of its layers is opened to be attached, at pull time, what this
- * node has recorded or somebody has published is fetched ahead (first-reads.ts); and open layers are found by those who record.
+ * node has recorded or somebody has published is fetched ahead (first-reads.ts), and where nobody has, what can be seen in the
+ * image itself (start/entrypoint-reads.ts); and open layers are found by those who record.
  */
 import { LRUCache } from 'lru-cache';
 import type { Configuration } from '../daemon/configuration.js';
@@ -12,6 +13,7 @@ import type { LayerLookup } from './layer-lookup.js';
 import { bytesOf, listFor, mergeSpans, type PrefetchList, PrefetchListError } from './prefetch-list.js';
 import type { PrefetchRecords } from './prefetch-records.js';
 import type { PublishedIndexes } from './published/published-indexes.js';
+import type { EntrypointReads } from './start/entrypoint-reads.js';
 import type { RecordedLayer } from './start-recordings.js';
 
 type Source = control.LayerSource.$Properties;
@@ -22,6 +24,8 @@ export interface ImageStartsOptions {
   readonly records: Pick<PrefetchRecords, 'list' | 'used'>;
   readonly published: Pick<PublishedIndexes, 'prefetchList'>;
   readonly lookup: Pick<LayerLookup, 'layers'>;
+  /** Knows what to do without a list. */
+  readonly entrypoints?: Pick<EntrypointReads, 'opened'>;
   readonly log: Logger;
 }
 
@@ -88,9 +92,16 @@ export class ImageStarts {
 
   /** Never rejects: without a list, bytes come when they are read. */
   async #stream(source: Source): Promise<void> {
-    const { configuration, firstReads, log } = this.#options;
+    const { configuration, entrypoints } = this.#options;
     const image = source.manifestDigest ?? '';
     if (!configuration.prefetch.use || image === '') return;
+    if (await this.#streamList(source, image)) return;
+    await entrypoints?.opened(source, (digest) => this.#open.get(digest)?.path);
+  }
+
+  /** @returns false when there is no list that can be used. Never rejects */
+  async #streamList(source: Source, image: string): Promise<boolean> {
+    const { firstReads, log } = this.#options;
     try {
       const list = await this.#list(source, image);
       // Also what others have attached before: the image is asked for its upper layers only then.
@@ -103,8 +114,10 @@ export class ImageStarts {
         const parts = list.flatMap((span, rank) => (span.layer === digest ? [{ ...span, rank }] : []));
         firstReads.stream(image, cache, parts);
       }
+      return list.length > 0;
     } catch (error) {
       log.warn({ image, reason: String(error) }, 'a prefetch list is not used');
+      return false;
     }
   }
 

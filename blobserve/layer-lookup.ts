@@ -9,6 +9,7 @@ import { machinePlatform, parsePlatform } from './registry/platform.js';
 import { formatReference, parseReference, registryHost, type Reference } from './registry/reference.js';
 import type { RegistryClient } from './registry/registry-client.js';
 import { parseJson, RegistryError } from './registry/registry-error.js';
+import { startCommand, type StartCommand } from './start/start-command.js';
 
 const KINDS: Readonly<Record<LayerKind, control.LayerKind>> = {
   erofs: control.LayerKind.EROFS,
@@ -25,7 +26,7 @@ const CONFIGURATION_MAX = 8 * 2 ** 20;
 const PULL_MAX = 600_000;
 
 /** The part of an image configuration that says what its layers unpack to (OCI image-spec, config.md). */
-const configuration = z.object({
+const rootfs = z.object({
   rootfs: z.object({ diff_ids: z.array(z.string().regex(/^sha256:[0-9a-f]{64}$/)).max(4096) }),
 });
 
@@ -36,10 +37,25 @@ export function isClassic(kind: control.LayerKind | null | undefined): boolean {
   return kind === control.LayerKind.TAR || kind === control.LayerKind.TAR_GZIP;
 }
 
+/** What is kept of an image configuration. */
+interface ImageConfiguration {
+  readonly digest: string;
+  /** Undefined when it does not list them. */
+  readonly diffIds: readonly string[] | undefined;
+  readonly start: StartCommand | undefined;
+}
+
+/** What a manifest leads to. */
+interface Image {
+  readonly layers: readonly Source[];
+  /** Fetched when it is first asked for. */
+  readonly configuration: () => Promise<ImageConfiguration>;
+}
+
 export class LayerLookup {
   readonly #client: RegistryClient;
   /** By reference with digest; a manifest never changes. Failures are not kept. */
-  readonly #images = new LRUCache<string, Promise<readonly Source[]>>({ max: IMAGES_MAX });
+  readonly #images = new LRUCache<string, Promise<Image>>({ max: IMAGES_MAX });
 
   /** Of pulls under way: which layers will be asked for, by the manifest. */
   readonly #pulls = new Map<string, { readonly above: readonly string[]; readonly at: number }>();
@@ -93,6 +109,20 @@ export class LayerLookup {
 
   /** All layers of the image, the lowest first. */
   async layers(source: Source, platform: string): Promise<readonly Source[]> {
+    return (await this.#image(source, platform)).layers;
+  }
+
+  /**
+   * What a container of the image runs; of the image of this machine's platform.
+   *
+   * @returns undefined when the image does not say
+   * @throws {RegistryError} its configuration cannot be had, or is no JSON
+   */
+  async start(source: Source): Promise<StartCommand | undefined> {
+    return (await (await this.#image(source, '')).configuration()).start;
+  }
+
+  async #image(source: Source, platform: string): Promise<Image> {
     const tagged = parseReference(source.imageRef ?? '');
     const manifestDigest = source.manifestDigest ?? '';
     const reference = manifestDigest === '' ? tagged : { ...tagged, digest: manifestDigest };
@@ -107,7 +137,7 @@ export class LayerLookup {
     return lookup;
   }
 
-  async #lookUp(reference: Reference, imageRef: string, platform: string): Promise<readonly Source[]> {
+  async #lookUp(reference: Reference, imageRef: string, platform: string): Promise<Image> {
     const wanted = platform === '' ? machinePlatform() : parsePlatform(platform);
     const { digest, manifest } = await this.#client.resolve(reference, wanted);
     const kinds = manifest.layers.map(({ mediaType }) => KINDS[classifyLayer(mediaType)]);
@@ -115,8 +145,16 @@ export class LayerLookup {
     const classic = kinds.some(
       (kind) => kind === control.LayerKind.TAR || kind === control.LayerKind.TAR_GZIP,
     );
-    const diffIds = classic ? await this.#diffIds(reference, manifest.config, manifest.layers.length) : [];
-    return manifest.layers.map((layer, index) => ({
+    let configuration: Promise<ImageConfiguration> | undefined;
+    const configurationOnce = (): Promise<ImageConfiguration> => {
+      if (configuration !== undefined) return configuration;
+      const fetching = this.#configuration(reference, manifest.config.digest);
+      configuration = fetching;
+      fetching.catch(() => (configuration = undefined));
+      return fetching;
+    };
+    const diffIds = classic ? diffIdsOf(await configurationOnce(), reference, manifest.layers.length) : [];
+    const layers = manifest.layers.map((layer, index) => ({
       imageRef,
       manifestDigest: digest,
       layerDigest: layer.digest,
@@ -126,29 +164,32 @@ export class LayerLookup {
       // A native layer is what it unpacks to, as for containerd's own differ.
       diffId: kinds[index] === control.LayerKind.EROFS ? layer.digest : (diffIds[index] ?? ''),
     }));
+    return { layers, configuration: configurationOnce };
   }
 
-  async #diffIds(
-    reference: Reference,
-    config: { readonly digest: string; readonly size: number },
-    count: number,
-  ): Promise<readonly string[]> {
-    const body = await this.#client.fetchBlob(reference, config.digest, CONFIGURATION_MAX);
-    const parsed = configuration.safeParse(parseJson(body.toString('utf8')));
-    const diffIds = parsed.data?.rootfs.diff_ids;
-    if (diffIds === undefined || diffIds.length !== count) {
-      throw new RegistryError(
-        diffIds === undefined
-          ? 'the image configuration does not list the digests of its layers (rootfs.diff_ids)'
-          : `the image configuration lists ${diffIds.length} layers, the manifest ${count}`,
-        {
-          kind: 'invalid',
-          host: registryHost(reference),
-          repository: reference.repository,
-          object: `configuration ${config.digest}`,
-        },
-      );
-    }
-    return diffIds;
+  async #configuration(reference: Reference, digest: string): Promise<ImageConfiguration> {
+    const body = await this.#client.fetchBlob(reference, digest, CONFIGURATION_MAX);
+    const json = parseJson(body.toString('utf8'));
+    return { digest, diffIds: rootfs.safeParse(json).data?.rootfs.diff_ids, start: startCommand(json) };
   }
+}
+
+/** @throws {RegistryError} the configuration does not list one for each layer */
+function diffIdsOf(
+  { digest, diffIds }: ImageConfiguration,
+  reference: Reference,
+  count: number,
+): readonly string[] {
+  if (diffIds !== undefined && diffIds.length === count) return diffIds;
+  throw new RegistryError(
+    diffIds === undefined
+      ? 'the image configuration does not list the digests of its layers (rootfs.diff_ids)'
+      : `the image configuration lists ${diffIds.length} layers, the manifest ${count}`,
+    {
+      kind: 'invalid',
+      host: registryHost(reference),
+      repository: reference.repository,
+      object: `configuration ${digest}`,
+    },
+  );
 }

@@ -32,6 +32,7 @@ class Node {
       new Promise<LayerPath>((resolve, reject) => {
         const path: LayerPath = {
           reader: READER,
+          lookedInto: READER,
           record: new ReadingRecord(),
           blob: undefined,
           blobPart: () => undefined,

@@ -35,6 +35,7 @@ import { Prefetches } from './prefetch.js';
 import { recordedOrder } from './prefetch-order.js';
 import { PrefetchRecords } from './prefetch-records.js';
 import { PublishedIndexes } from './published/published-indexes.js';
+import { EntrypointReads } from './start/entrypoint-reads.js';
 import { StartRecordings } from './start-recordings.js';
 import { Verifications } from './verification.js';
 import { openRegistryClient } from './open-registry-client.js';
@@ -171,6 +172,10 @@ async function main(): Promise<void> {
     records,
     published,
     lookup,
+    // Whoever mounts by hand starts nothing.
+    ...(given === undefined && {
+      entrypoints: new EntrypointReads({ configuration, lookup, firstReads, log }),
+    }),
     log,
   });
   const recordings = prefetch.record

@@ -162,6 +162,8 @@ const schema = z.strictObject({
       max_spans: z.int().min(1).max(65536).default(4096),
       range: size('2MiB', '64KiB', '64MiB'),
       requests: z.int().min(1).max(16).default(2),
+      entrypoint: z.boolean().default(true),
+      entrypoint_max_bytes: size('64MiB', '0B', '64GiB'),
     })
     .prefault({}),
   integrity: z

@@ -15,6 +15,9 @@ export const TARGETS = [
   'resume',
   'estargz',
   'chunks',
+  'elf',
+  'imageTree',
+  'prefetchList',
 ] as const;
 export type FuzzTarget = (typeof TARGETS)[number];
 

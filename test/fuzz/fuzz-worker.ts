@@ -4,10 +4,12 @@ import path from 'node:path';
 import { parentPort, workerData } from 'node:worker_threads';
 import * as estargzTargets from './estargz-targets.js';
 import * as gzipTargets from './gzip-targets.js';
+import * as startTargets from './start-targets.js';
+import * as prefetchTargets from './prefetch-targets.js';
 import * as tarTargets from './tar-targets.js';
 import type { FuzzJob, FuzzReport } from './fuzz-run.js';
 
-const TARGETS = { ...tarTargets, ...gzipTargets, ...estargzTargets };
+const TARGETS = { ...prefetchTargets, ...tarTargets, ...gzipTargets, ...estargzTargets, ...startTargets };
 /** What cases may hold outside of the heap, whose own limit the thread has. */
 const MAX_OUTSIDE = 256 * 1024 * 1024;
 

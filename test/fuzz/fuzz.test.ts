@@ -16,6 +16,9 @@ const CASES = {
   resume: 25,
   estargz: 200,
   chunks: 100,
+  prefetchList: 3000,
+  elf: 3000,
+  imageTree: 300,
 } as const;
 
 describe.skipIf(!existsSync(program))('hostile input', () => {
