@@ -25,8 +25,10 @@ export class ClassicNode {
 
   private constructor(readonly stack: Stack) {}
 
-  static async start(configuration: string): Promise<ClassicNode> {
+  /** @param given the snapshotter's configuration; may name what is in the directory of the stack */
+  static async start(given: string | ((directory: string) => string)): Promise<ClassicNode> {
     const node = new ClassicNode(await Stack.create());
+    const configuration = typeof given === 'string' ? given : given(node.stack.directory);
     node.registry = await node.stack.startRegistry();
     node.snapshotter = await node.stack.startSnapshotter({ configuration });
     node.containerd = await node.stack.startContainerd({ snapshotters: [node.stack.plugin()] });
