@@ -6,18 +6,10 @@ import * as estargzTargets from './estargz-targets.js';
 import * as gzipTargets from './gzip-targets.js';
 import * as startTargets from './start-targets.js';
 import * as prefetchTargets from './prefetch-targets.js';
-import * as prefetchTargets from './prefetch-targets.js';
 import * as tarTargets from './tar-targets.js';
 import type { FuzzJob, FuzzReport } from './fuzz-run.js';
 
-const TARGETS = {
-  ...prefetchTargets,
-  ...prefetchTargets,
-  ...tarTargets,
-  ...gzipTargets,
-  ...estargzTargets,
-  ...startTargets,
-};
+const TARGETS = { ...prefetchTargets, ...tarTargets, ...gzipTargets, ...estargzTargets, ...startTargets };
 /** What cases may hold outside of the heap, whose own limit the thread has. */
 const MAX_OUTSIDE = 256 * 1024 * 1024;
 

@@ -17,7 +17,6 @@ const CASES = {
   estargz: 200,
   chunks: 100,
   prefetchList: 3000,
-  prefetchList: 3000,
   elf: 3000,
   imageTree: 300,
 } as const;
