@@ -3,6 +3,7 @@
  * prints a table, and one line of JSON at the end.
  */
 import { cachedReadBenchmark } from './cached-read.js';
+import { coldstart } from './coldstart.js';
 import { gunzip } from './gunzip.js';
 import { index } from './index.js';
 import { link } from './link.js';
@@ -13,6 +14,7 @@ import { serve } from './serve.js';
 
 const BENCHMARKS: Record<string, ((arguments_: string[]) => Promise<void>) | undefined> = {
   'cached-read': cachedReadBenchmark,
+  coldstart,
   gunzip,
   index,
   link,

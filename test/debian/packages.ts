@@ -148,11 +148,20 @@ export async function dockerFrom(
   };
 }
 
-/** SOCI's own program `soci`, of Debian sid. */
-export async function sociProgram(): Promise<string> {
+async function sociPrograms(): Promise<string> {
   const directory = path.join(cacheDirectory(), 'roots', 'soci-sid');
   await fetchPackages('sid', directory, ['soci-snapshotter']);
-  return path.join(directory, 'usr', 'bin', 'soci');
+  return path.join(directory, 'usr', 'bin');
+}
+
+/** SOCI's own program `soci`, of Debian sid. */
+export async function sociProgram(): Promise<string> {
+  return path.join(await sociPrograms(), 'soci');
+}
+
+/** SOCI's snapshotter, of Debian sid. */
+export async function sociSnapshotterProgram(): Promise<string> {
+  return path.join(await sociPrograms(), 'soci-snapshotter-grpc');
 }
 
 /** stargz-snapshotter's own program `ctr-remote`, which makes eStargz layers, of Debian sid. */

@@ -32,6 +32,8 @@ export interface ContainerdOptions {
   readonly capabilities?: readonly string[];
   /** Whether clients of the transfer service tell the snapshotter which image they pull; default: they do. */
   readonly annotations?: boolean;
+  /** Directories in which it finds programs before all others. */
+  readonly programs?: readonly string[];
 }
 
 export interface Containerd extends Daemon {
@@ -134,7 +136,8 @@ export async function startContainerd(options: ContainerdOptions): Promise<Conta
   const address = path.join(home, 'containerd.sock');
   const namespace = path.basename(options.directory);
   const runc = path.dirname(await program('runc'));
-  const searchPath = `${programs}:${runc}:${process.env['PATH'] ?? ''}:/usr/sbin:/usr/bin:/sbin:/bin`;
+  const first = (options.programs ?? []).map((directory) => `${directory}:`).join('');
+  const searchPath = `${first}${programs}:${runc}:${process.env['PATH'] ?? ''}:/usr/sbin:/usr/bin:/sbin:/bin`;
   const absent = await absentDirectories(SHARED);
   const start = (): Promise<Daemon> =>
     startDaemon({

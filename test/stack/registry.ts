@@ -13,11 +13,15 @@ import { pushImage } from './push-image.js';
 export interface Registry {
   /** `127.0.0.1:port` as clients should see it: through the counting proxy. */
   readonly address: string;
+  /** `127.0.0.1:port` for both TLS and plain HTTP; undefined without a certificate. */
+  readonly secureAddress: string | undefined;
   /** `127.0.0.1:port` of docker-registry itself. */
   readonly directAddress: string;
   readonly log: string;
   /** What has been answered through {@link address} so far, by blob digest. */
   traffic(): ReadonlyMap<string, BlobTraffic>;
+  /** Requests of whatever kind through {@link address} and {@link secureAddress} so far. */
+  requests(): number;
   /**
    * Uploads an image, not counted as traffic.
    *
@@ -35,9 +39,18 @@ export interface Registry {
   stop(): Promise<void>;
 }
 
-/** @param directory the stack's private directory; storage, configuration and log go below `registry/` in it */
-export async function startRegistry({ directory }: { directory: string }): Promise<Registry> {
+export interface RegistryOptions {
+  /** The stack's private directory; configuration and log go below `registry/` in it. */
+  readonly directory: string;
+  /** Where repositories and blobs are kept, and stay; default: `registry/` too. */
+  readonly storage?: string;
+  /** For clients that speak TLS, or TLS and plain HTTP, with the same host and port: at {@link Registry.secureAddress}. */
+  readonly tls?: { readonly key: string; readonly cert: string };
+}
+
+export async function startRegistry({ directory, storage: kept, tls }: RegistryOptions): Promise<Registry> {
   const home = path.join(directory, 'registry');
+  const repositories = kept ?? home;
   const log = path.join(directory, 'registry.log');
   await mkdir(home, { recursive: true });
   const configuration = path.join(home, 'configuration.yml');
@@ -46,7 +59,7 @@ export async function startRegistry({ directory }: { directory: string }): Promi
     [
       'version: 0.1',
       'log: {level: info, accesslog: {disabled: true}}',
-      `storage: {filesystem: {rootdirectory: ${JSON.stringify(home)}}, delete: {enabled: true}}`,
+      `storage: {filesystem: {rootdirectory: ${JSON.stringify(repositories)}}, delete: {enabled: true}}`,
       // Port 0: the kernel chooses a free one, and the log says which.
       'http: {addr: "127.0.0.1:0", relativeurls: true}',
       '',
@@ -67,18 +80,21 @@ export async function startRegistry({ directory }: { directory: string }): Promi
     },
   });
   const proxy = await startCountingProxy(directAddress);
+  const secure = tls && (await startCountingProxy(directAddress, tls));
   return {
     address: proxy.address,
+    secureAddress: secure?.address,
     directAddress,
     log,
     traffic: () => proxy.traffic,
+    requests: () => proxy.requests() + (secure?.requests() ?? 0),
     push: async (image, name) => {
       await pushImage(image, directAddress, name);
       return `${proxy.address}/${name}`;
     },
     place: async (repository, digest, file) => {
       const [algorithm = '', hex = ''] = digest.split(':');
-      const storage = path.join(home, 'docker', 'registry', 'v2');
+      const storage = path.join(repositories, 'docker', 'registry', 'v2');
       const blob = path.join(storage, 'blobs', algorithm, hex.slice(0, 2), hex);
       const link = path.join(storage, 'repositories', repository, '_layers', algorithm, hex);
       for (const directory of [blob, link]) await mkdir(directory, { recursive: true });
@@ -87,6 +103,7 @@ export async function startRegistry({ directory }: { directory: string }): Promi
     },
     stop: async () => {
       await proxy.stop();
+      await secure?.stop();
       await daemon.stop();
     },
   };

@@ -26,6 +26,11 @@ export class Soci {
     await this.#run('create', '--span-size', String(spanSize), '--min-layer-size', '0', reference);
   }
 
+  /** The same as its users make it: checkpoints every 4 MiB, layers of less than 10 MiB left out. */
+  async indexWithDefaults(reference: string): Promise<void> {
+    await this.#run('create', reference);
+  }
+
   async push(reference: string): Promise<void> {
     await this.#run('push', '--plain-http', reference);
   }

@@ -5,9 +5,10 @@
 import { copyFile, readdir } from 'node:fs/promises';
 import path from 'node:path';
 import { startContainerd, type Containerd, type ContainerdOptions, type ProxyPlugin } from './containerd.js';
+import type { Daemon } from './daemon-process.js';
 import { sweep } from './leftovers.js';
 import { createPrivateDirectory } from './private-directory.js';
-import { startRegistry, type Registry } from './registry.js';
+import { startRegistry, type Registry, type RegistryOptions } from './registry.js';
 import { pluginOf, startSnapshotter, type Snapshotter, type SnapshotterOptions } from './snapshotter.js';
 
 export class Stack {
@@ -28,8 +29,8 @@ export class Stack {
     return pluginOf(this.directory, name);
   }
 
-  async startRegistry(): Promise<Registry> {
-    const registry = await startRegistry({ directory: this.directory });
+  async startRegistry(options: Omit<RegistryOptions, 'directory'> = {}): Promise<Registry> {
+    const registry = await startRegistry({ ...options, directory: this.directory });
     this.#stops.push({ order: 5, stop: () => registry.stop() });
     return registry;
   }
@@ -39,6 +40,13 @@ export class Stack {
     this.#stops.push({ order: 3, stop: () => snapshotter.stop() });
     this.#stops.push({ order: 4, stop: () => snapshotter.stopServing() });
     return snapshotter;
+  }
+
+  /** Another snapshotter than ours, which containerd has to be stopped before. */
+  async startPeer<Peer extends Daemon>(start: (directory: string) => Promise<Peer>): Promise<Peer> {
+    const peer = await start(this.directory);
+    this.#stops.push({ order: 3, stop: () => peer.stop() });
+    return peer;
   }
 
   async startContainerd(options: Omit<ContainerdOptions, 'directory'> = {}): Promise<Containerd> {
