@@ -75,6 +75,14 @@ describe('the documents of a published index', () => {
     });
   });
 
+  it('has a prefetch list as its last blob, also when no layer has an index', () => {
+    const list = { digest: `sha256:${'9'.repeat(64)}`, size: 100 };
+    const { config, manifest } = encodeArtifact(SUBJECT, [], list);
+    expect(decodeConfig(config.body)).toEqual({ layers: new Map(), prefetch: list });
+    const { layers } = JSON.parse(manifest.body.toString()) as { layers: unknown[] };
+    expect(layers).toEqual([{ mediaType: 'application/vnd.erofs-nbd.prefetch.v1+json', ...list }]);
+  });
+
   const broken: [string, (layer: PublishedLayer) => unknown, RegExp][] = [
     ['not JSON', () => undefined, /not JSON/],
     ['another format', (layer) => ({ format: 2, layers: [layer] }), /format/],
