@@ -30,7 +30,7 @@ async function told(
     timeoutMs: 1000,
     log: silentLogger,
   });
-  starts.noticed(key, layers);
+  starts.noticed(key, () => layers);
   expect(said).toEqual([]);
   for (let turn = 0; turn < 5; turn++) await new Promise(setImmediate);
   if (asked !== undefined) expect(asked).toBe('k8s.io a/b');

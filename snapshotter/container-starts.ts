@@ -34,10 +34,9 @@ export class ContainerStarts {
    * Returns at once.
    *
    * @param key of the container's snapshot
-   * @param layerDigests of its layers, the topmost first
+   * @param layerDigests of its layers, the topmost first; asked for later
    */
-  noticed(key: string, layerDigests: readonly string[]): void {
-    if (layerDigests.length === 0) return;
+  noticed(key: string, layerDigests: () => readonly string[]): void {
     setImmediate(() => {
       this.#tell(key, layerDigests).catch((error: unknown) =>
         this.#options.log.debug({ key, err: error }, 'a start is not recorded'),
@@ -45,10 +44,12 @@ export class ContainerStarts {
     });
   }
 
-  async #tell(key: string, layerDigests: readonly string[]): Promise<void> {
+  async #tell(key: string, digests: () => readonly string[]): Promise<void> {
+    const layerDigests = [...digests()];
+    if (layerDigests.length === 0) return;
     const { dataPlane, log } = this.#options;
     const plane = await dataPlane();
-    const request = { key, layerDigests: [...layerDigests] };
+    const request = { key, layerDigests };
     await plane.call((client) => client.started({ ...request, command: '' }));
     let command: string | undefined;
     try {

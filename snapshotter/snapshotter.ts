@@ -131,10 +131,7 @@ export class Snapshotter {
   #noticeStart(key: string, { parents }: SnapshotNode): void {
     const layerIds = parents.flatMap(({ layerId }) => (layerId === null ? [] : [layerId]));
     const { starts, layers } = this.#options;
-    starts?.noticed(
-      key,
-      layerIds.map((layerId) => layers.get(layerId).digest),
-    );
+    starts?.noticed(key, () => layerIds.map((layerId) => layers.get(layerId).digest));
   }
 
   /** @param parent only for an active snapshot that was prepared without one; empty otherwise */
