@@ -24,6 +24,7 @@ import {
   reconnectDevice,
   settleDevice,
 } from './nbd-device.js';
+import { DirectServing } from './direct-serving.js';
 import { NbdServer, type NbdServerEnd } from './nbd-server.js';
 import { nbdPath } from './nbd-sysfs.js';
 import { ReplyMemory } from './reply-memory.js';
@@ -46,6 +47,7 @@ interface Surroundings {
   readonly log: Logger;
   readonly times: NbdTimes;
   readonly memory: ReplyMemory;
+  readonly direct: DirectServing;
 }
 
 export class NbdBackend implements AttachBackend {
@@ -75,6 +77,7 @@ export class NbdBackend implements AttachBackend {
       log: options.log,
       times: options.times ?? DEFAULT_NBD_TIMES,
       memory: new ReplyMemory(options.replyMemoryBytes ?? DEFAULT_REPLY_MEMORY),
+      direct: new DirectServing(options.log),
     });
   }
 
@@ -127,6 +130,7 @@ export class NbdBackend implements AttachBackend {
       device?.stopServing();
     }
     this.#devices.clear();
+    this.#surroundings.direct.close();
     await this.#surroundings.connector.close();
   }
 }
@@ -232,9 +236,10 @@ class NbdDevice implements AttachedDevice {
   }
 
   #serve(socket: number): NbdServer {
-    const { log, memory } = this.surroundings;
+    const { log, memory, direct } = this.surroundings;
     const server = new NbdServer(socket, this.reader, {
       memory,
+      direct,
       onReadError: (error, offset, length) =>
         log.error({ layerId: this.layerId, device: this.path, offset, length, err: error }, 'a read failed'),
     });

@@ -11,7 +11,7 @@
  */
 import { type ConnectOpts, Socket, type SocketConstructorOpts } from 'node:net';
 import { SEND_MAX_BUFFERS, sendNow } from '../linux/send.js';
-import type { BlobReader } from '../readers/blob-reader.js';
+import type { BlobReader, DirectFile } from '../readers/blob-reader.js';
 import { counted } from '../metrics.js';
 import type { DeviceReadStatistics } from './backend.js';
 import {
@@ -23,7 +23,9 @@ import {
   NbdRequestParser,
   writeReplyHeader,
 } from './nbd-protocol.js';
+import { shutDown } from '../linux/descriptor.js';
 import { setSendBuffer } from '../linux/socketpair.js';
+import type { DirectConnection, DirectServing } from './direct-serving.js';
 import type { ReplyBuffer, ReplyMemory } from './reply-memory.js';
 
 export interface NbdServerOptions {
@@ -33,6 +35,8 @@ export interface NbdServerOptions {
   readonly maxRequestLength?: number;
   /** How many reads of this device are under way at a time; more wait in arrival order. */
   readonly maxReadsInFlight?: number;
+  /** Answers reads of what is all in a local file; default: nobody but this server. */
+  readonly direct?: Pick<DirectServing, 'lend'>;
   /** Told of every read that failed; the reply is EIO. */
   readonly onReadError?: (error: unknown, offset: number, length: number) => void;
 }
@@ -47,6 +51,12 @@ export type NbdServerEnd =
   | { readonly reason: 'failed'; readonly error: Error }
   /** `close()` was called. */
   | { readonly reason: 'closed' };
+
+/** So many reads in a row that waited for nothing, and the connection is lent to who answers nothing else. */
+const READS_BEFORE_LOAN = 32;
+/** A loan that came back after fewer reads was not worth it: the next one waits for twice as many. */
+const READS_OF_LOAN = 1024;
+const MOST_READS_BEFORE_LOAN = 1 << 20;
 
 const DEFAULT_MAX_REQUEST_LENGTH = 32 * 1024 * 1024;
 /** The depth of the kernel's queue. */
@@ -97,6 +107,12 @@ export class NbdServer {
   #waitingForMemory = false;
   #receiving = true;
 
+  readonly #direct: NbdServerOptions['direct'];
+  /** Who else has the connection, while we read and write nothing, and the file that he reads. */
+  #loan: { readonly connection: DirectConnection; readonly file: DirectFile } | undefined;
+  #readsNow = 0;
+  #readsBeforeLoan = READS_BEFORE_LOAN;
+
   #end: NbdServerEnd | undefined;
   #resolveEnded: (end: NbdServerEnd) => void = () => undefined;
 
@@ -114,6 +130,7 @@ export class NbdServer {
     this.#memory = options.memory;
     this.#maxReadsInFlight = options.maxReadsInFlight ?? DEFAULT_MAX_READS_IN_FLIGHT;
     this.#onReadError = options.onReadError;
+    this.#direct = options.direct;
     this.#parser = new NbdRequestParser(options.maxRequestLength ?? DEFAULT_MAX_REQUEST_LENGTH, (request) =>
       this.#arrived(request),
     );
@@ -139,9 +156,10 @@ export class NbdServer {
       oldestReadMs = performance.now() - arrival;
       break;
     }
+    const lent = this.#loan?.connection;
     return {
-      reads: this.#reads,
-      readBytes: this.#readBytes,
+      reads: this.#reads + (lent?.reads ?? 0),
+      readBytes: this.#readBytes + (lent?.readBytes ?? 0),
       readErrors: this.#readErrors,
       readsInFlight: this.#waiting.size,
       oldestReadMs,
@@ -161,6 +179,8 @@ export class NbdServer {
     this.#queue.length = 0;
     this.#queueHead = 0;
     this.#waiting.clear();
+    // Who has it on loan has a descriptor of his own.
+    if (this.#loan !== undefined) shutDown(this.#descriptor);
     this.#socket.destroy();
     this.#resolveEnded(end);
   }
@@ -176,8 +196,48 @@ export class NbdServer {
     this.#pump();
     this.#noteWaiting();
     // At most what one chunk holds is queued beyond the limit: the rest waits in the socket.
-    this.#receiving = this.#queue.length - this.#queueHead < this.#maxReadsInFlight;
+    this.#receiving =
+      this.#queue.length - this.#queueHead < this.#maxReadsInFlight && !(this.#readsNow > 0 && this.#lend());
     return this.#receiving;
+  }
+
+  /** @returns true when nothing more may be received here, until it comes back */
+  #lend(): boolean {
+    if (this.#direct === undefined || this.#readsNow < this.#readsBeforeLoan || !this.#isIdle()) return false;
+    this.#readsNow = 0;
+    const file = this.#reader.direct?.();
+    if (file === undefined) return false;
+    const connection = this.#direct.lend(this.#descriptor, file, (rest) => this.#returned(rest));
+    if (connection === undefined) return false;
+    this.#loan = { connection, file };
+    return true;
+  }
+
+  /** Nothing of it is anywhere but in the socket. */
+  #isIdle(): boolean {
+    return (
+      this.#end === undefined &&
+      this.#queue.length === 0 &&
+      this.#readsInFlight === 0 &&
+      this.#messages.length === 0 &&
+      this.#socket.writableLength === 0 &&
+      !this.#pumpScheduled &&
+      this.#parser.atBoundary
+    );
+  }
+
+  #returned(rest: Uint8Array): void {
+    const loan = this.#loan;
+    if (loan === undefined) return;
+    const { reads, readBytes } = loan.connection;
+    this.#loan = undefined;
+    this.#reads += reads;
+    this.#readBytes += readBytes;
+    loan.file.served(reads, readBytes);
+    this.#readsBeforeLoan =
+      reads < READS_OF_LOAN ? Math.min(2 * this.#readsBeforeLoan, MOST_READS_BEFORE_LOAN) : READS_BEFORE_LOAN;
+    if (this.#end !== undefined) return;
+    if (this.#received(Buffer.from(rest.buffer, rest.byteOffset, rest.length))) this.#socket.resume();
   }
 
   #arrived(request: NbdRequest): void {
@@ -232,7 +292,11 @@ export class NbdServer {
       this.#queue.length = 0;
       this.#queueHead = 0;
     }
-    if (!this.#receiving && this.#queue.length - this.#queueHead < this.#maxReadsInFlight) {
+    if (
+      !this.#receiving &&
+      this.#loan === undefined &&
+      this.#queue.length - this.#queueHead < this.#maxReadsInFlight
+    ) {
       this.#receiving = true;
       this.#socket.resume();
     }
@@ -293,9 +357,11 @@ export class NbdServer {
     this.#readsInFlight++;
     try {
       if (this.#reader.readNow(buffer.data, offset)) {
+        this.#readsNow++;
         this.#sendRead(request, buffer);
         return true;
       }
+      this.#readsNow = 0;
     } catch (error) {
       this.#readFailed(request, buffer, error);
       return true;

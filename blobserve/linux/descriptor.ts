@@ -21,7 +21,8 @@ const fcntl = libc.func('int fcntl(int fd, int command, int argument)') as (
   argument: number,
 ) => number;
 
-// <asm-generic/fcntl.h>
+// <asm-generic/fcntl.h>, <linux/fcntl.h>
+const F_DUPFD_CLOEXEC = 1030;
 const F_GETFL = 3;
 const F_SETFL = 4;
 const O_NONBLOCK = 0o4000;
@@ -49,4 +50,26 @@ export function setNonBlocking(descriptor: number): void {
   if (flags < 0 || fcntl(descriptor, F_SETFL, flags | O_NONBLOCK) < 0) {
     throw systemCallError('fcntl', `O_NONBLOCK on descriptor ${descriptor}`);
   }
+}
+
+/**
+ * Another descriptor of the same open file, closed on exec.
+ *
+ * @throws {SystemCallError} EMFILE when descriptors have run out
+ */
+export function duplicate(descriptor: number): number {
+  const copy = fcntl(descriptor, F_DUPFD_CLOEXEC, 0);
+  if (copy < 0) throw systemCallError('fcntl', `F_DUPFD_CLOEXEC of descriptor ${descriptor}`);
+  return copy;
+}
+
+const shutdownCall = libc.func('int shutdown(int descriptor, int how)') as (
+  descriptor: number,
+  how: number,
+) => number;
+const SHUT_RDWR = 2; // <sys/socket.h>
+
+/** Ends a connection in both directions, whoever else has descriptors of it. Does nothing to one that has ended. */
+export function shutDown(descriptor: number): void {
+  shutdownCall(descriptor, SHUT_RDWR);
 }

@@ -41,6 +41,12 @@ export interface BlobReader {
    */
   distrust?(offset: number, length: number): void;
 
+  /**
+   * The local file that has all of these bytes at the same places, for whoever answers reads without this process's event loop;
+   * undefined when there is none, or when every read has to be seen. May be another at each call.
+   */
+  direct?(): DirectFile | undefined;
+
   /** Releases everything, also `next`. Reads under way reject. Idempotent. */
   close(): Promise<void>;
 }
@@ -49,6 +55,26 @@ export interface BlobReader {
 export interface BlobPart {
   readonly offset: number;
   readonly length: number;
+}
+
+/**
+ * A file, and what says whether its bytes are right at a moment. Who reads it looks after the bytes were read, and before he passes them
+ * on: whoever takes bytes away says so before. All arrays are in shared memory.
+ */
+export interface DirectFile {
+  /** Stays the reader's, who may close it at any time: duplicate it. */
+  readonly fd: number;
+  /** Bytes of it that are the blob's. */
+  readonly size: number;
+  readonly spanSize: number;
+  /** `SpanState` of each span. */
+  readonly states: Uint8Array;
+  /** When each span was last read, by `clockSeconds`; to be written. */
+  readonly used: Uint32Array;
+  /** The file is not to be used any more when one of these is not 0. */
+  readonly withdrawn: readonly Int32Array[];
+  /** To be told what was read there, so that it is counted. */
+  served(reads: number, bytes: number): void;
 }
 
 /** Why bytes could not be had; decides what is retried and what an operator is told. */

@@ -5,13 +5,14 @@
  */
 import type { Logger } from '../../daemon/log.js';
 import { counted } from '../metrics.js';
-import { type BlobReader, checkRange, ReadError } from './blob-reader.js';
+import { type BlobReader, checkRange, type DirectFile, ReadError } from './blob-reader.js';
 import { BufferPool } from './buffer-pool.js';
 import type { FetchSlots } from './fetch-slots.js';
 import { type Part, settleInOrder } from './parts.js';
 import type { ReadingRecord } from './reading-record.js';
 import { type FillUrgency, SpanRequests } from './span-requests.js';
-import { SpanState, type SpaceKeeper, SpanStore } from './span-store.js';
+import { SpanState } from './span-state.js';
+import { type SpaceKeeper, SpanStore } from './span-store.js';
 
 export interface CacheReaderOptions {
   /** Directory of all cache files; made when it is missing. */
@@ -203,6 +204,21 @@ export class CacheReader implements BlobReader {
     this.#hit(target.length);
     this.#used(offset, target.length);
     return true;
+  }
+
+  direct(): DirectFile | undefined {
+    const file = this.#closing === undefined ? this.#store.direct() : undefined;
+    return (
+      file && {
+        ...file,
+        size: this.size,
+        withdrawn: [],
+        served: (reads, bytes) => {
+          this.#hits += reads;
+          counted.bytes.cache += bytes;
+        },
+      }
+    );
   }
 
   willNeed(offset: number, length: number): void {

@@ -2,10 +2,11 @@
  * The stage on top of a layer that may turn out not to be what its digest says: from then on every read fails, also of
  * bytes that are at hand.
  */
-import type { BlobReader, ReadError } from './blob-reader.js';
+import type { BlobReader, DirectFile, ReadError } from './blob-reader.js';
 
 export class GuardReader implements BlobReader {
   #refusal: ReadError | undefined;
+  readonly #refused = new Int32Array(new SharedArrayBuffer(4));
 
   /** @param next becomes this reader's, which closes it */
   constructor(private readonly next: BlobReader) {}
@@ -21,6 +22,7 @@ export class GuardReader implements BlobReader {
   /** Fails all reads with this from now on, those under way too. */
   refuse(error: ReadError): void {
     this.#refusal = error;
+    Atomics.store(this.#refused, 0, 1);
   }
 
   async read(target: Buffer, offset: number, progress?: (filled: number) => void): Promise<void> {
@@ -37,6 +39,17 @@ export class GuardReader implements BlobReader {
 
   willNeed(offset: number, length: number): void {
     if (this.#refusal === undefined) this.next.willNeed?.(offset, length);
+  }
+
+  direct(): DirectFile | undefined {
+    const file = this.#refusal === undefined ? this.next.direct?.() : undefined;
+    return (
+      file && {
+        ...file,
+        withdrawn: [...file.withdrawn, this.#refused],
+        served: (...all) => file.served(...all),
+      }
+    );
   }
 
   close(): Promise<void> {

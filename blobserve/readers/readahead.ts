@@ -5,7 +5,7 @@
  * The kernel reads several files of one image at once, so several runs are followed, each with a window of its own: how
  * far ahead of the last read bytes are asked for.
  */
-import type { BlobReader } from './blob-reader.js';
+import type { BlobReader, DirectFile } from './blob-reader.js';
 
 export interface ReadaheadReaderOptions {
   /** The first window, in bytes; best the span size of the cache below. Default 256 KiB. */
@@ -63,6 +63,11 @@ export class ReadaheadReader implements BlobReader {
 
   willNeed(offset: number, length: number): void {
     this.#next.willNeed?.(offset, length);
+  }
+
+  /** Of a file that is all there nothing need be asked for ahead. */
+  direct(): DirectFile | undefined {
+    return this.#next.direct?.();
   }
 
   close(): Promise<void> {

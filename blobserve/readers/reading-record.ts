@@ -51,6 +51,8 @@ export class ReadingRecord {
   #readsLeftOut = 0;
   #fetchesLeftOut = 0;
   #lastReadAt = 0;
+  /** In shared memory: not 0 while somebody watches, and so has to see every read. */
+  readonly watched = new Int32Array(new SharedArrayBuffer(4));
   readonly #watchers = new Set<(offset: number, length: number, askedAt: number) => void>();
 
   get reads(): RecordedRead[] {
@@ -84,7 +86,11 @@ export class ReadingRecord {
   /** Calls back on every read from now on, also those that are only counted here. @returns ends that */
   watch(onRead: (offset: number, length: number, askedAt: number) => void): () => void {
     this.#watchers.add(onRead);
-    return () => this.#watchers.delete(onRead);
+    Atomics.store(this.watched, 0, this.#watchers.size);
+    return () => {
+      this.#watchers.delete(onRead);
+      Atomics.store(this.watched, 0, this.#watchers.size);
+    };
   }
 
   /**
@@ -119,6 +125,11 @@ export class ReadingRecord {
     rows.set(row, READ.length, length);
     rows.set(row, READ.count, 1);
     rows.set(row, READ.wait, waitMs);
+  }
+
+  /** Reads that nobody waited for and that were seen elsewhere: they are counted. */
+  leaveOut(reads: number): void {
+    this.#readsLeftOut += reads;
   }
 
   /** A fetch that has ended. @param askedAt on the clock of `performance.now` */

@@ -1,7 +1,7 @@
 /**
  * The topmost stage of a layer's readers: writes down what is read. Needs nothing of the one below; changes nothing.
  */
-import type { BlobReader } from './blob-reader.js';
+import type { BlobReader, DirectFile } from './blob-reader.js';
 import type { ReadingRecord } from './reading-record.js';
 
 /** A read that had to wait, and is over. @param read `askedAt` on the clock of `performance.now`; `error` when it failed */
@@ -18,7 +18,7 @@ export class RecordedReader implements BlobReader {
   /** @param next becomes this reader's, which closes it */
   constructor(
     private readonly next: BlobReader,
-    private readonly record: Pick<ReadingRecord, 'read'>,
+    private readonly record: Pick<ReadingRecord, 'read' | 'leaveOut' | 'watched'>,
     private readonly onWait?: OnWait,
   ) {
     this.size = next.size;
@@ -44,6 +44,21 @@ export class RecordedReader implements BlobReader {
 
   willNeed(offset: number, length: number): void {
     this.next.willNeed?.(offset, length);
+  }
+
+  /** Reads there are counted, and not written down one by one; not while somebody watches. */
+  direct(): DirectFile | undefined {
+    const { record } = this;
+    const file = Atomics.load(record.watched, 0) === 0 ? this.next.direct?.() : undefined;
+    if (file === undefined) return undefined;
+    return {
+      ...file,
+      withdrawn: [...file.withdrawn, record.watched],
+      served: (reads, bytes) => {
+        record.leaveOut(reads);
+        file.served(reads, bytes);
+      },
+    };
   }
 
   close(): Promise<void> {

@@ -15,7 +15,8 @@ import type { BufferPool, Urgency } from './buffer-pool.js';
 import { counted } from '../metrics.js';
 import type { FetchSlots, FetchUrgency } from './fetch-slots.js';
 import type { ReadingRecord } from './reading-record.js';
-import { SpanState, type SpanStore } from './span-store.js';
+import { SpanState } from './span-state.js';
+import { type SpanStore } from './span-store.js';
 
 export interface SpanRequestsOptions {
   /** The blob, for messages. */

@@ -16,8 +16,10 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { crc32 } from 'node:zlib';
 import type { Logger } from '../../daemon/log.js';
 import { counted } from '../metrics.js';
+import type { DirectFile } from './blob-reader.js';
 import { LocalFile, READ_WRITE_CREATE } from './local-file.js';
 import { countSpans, SpanMap } from './span-map.js';
+import { SpanState } from './span-state.js';
 
 export interface SpanStoreOptions {
   /** Directory of all cache files; made when it is missing. */
@@ -52,15 +54,6 @@ export function clockSeconds(): number {
   return 1 + Math.floor(performance.now() / 1000);
 }
 
-/** What the store has of a span. */
-export enum SpanState {
-  Absent = 0,
-  /** An earlier process marked it; not yet compared with its CRC-32 in this one. */
-  Unchecked = 1,
-  /** In the file, and right. */
-  Ready = 2,
-}
-
 export class SpanStore {
   readonly spanCount: number;
   /** Reads, writes and flushes that the disk failed in this process. */
@@ -68,6 +61,7 @@ export class SpanStore {
   /** Spans whose bytes in the file turned out to be damaged. */
   damagedSpans = 0;
   readonly #options: SpanStoreOptions;
+  /** Shared with a thread that reads the file (`direct`): a span's is changed before its bytes are. */
   readonly #states: Uint8Array;
   /** When each span was last read or written, by `clockSeconds`; 0: not in this process. */
   readonly #used: Uint32Array;
@@ -88,8 +82,8 @@ export class SpanStore {
   private constructor(options: SpanStoreOptions, spanCount: number) {
     this.#options = options;
     this.spanCount = spanCount;
-    this.#states = new Uint8Array(spanCount);
-    this.#used = new Uint32Array(spanCount);
+    this.#states = new Uint8Array(new SharedArrayBuffer(spanCount));
+    this.#used = new Uint32Array(new SharedArrayBuffer(4 * spanCount));
   }
 
   /**
@@ -171,6 +165,17 @@ export class SpanStore {
   /** The CRC-32 that the bytes of a span in the file must have. */
   markedCrc(span: number): number | undefined {
     return this.#map?.isMarked(span) === true ? this.#map.crc(span) : undefined;
+  }
+
+  /** What somebody else needs to read the file by himself; undefined when not all of it is there. */
+  direct(): Pick<DirectFile, 'fd' | 'spanSize' | 'states' | 'used'> | undefined {
+    if (this.#data === undefined || this.#closed || !this.complete) return undefined;
+    return {
+      fd: this.#data.fd,
+      spanSize: this.#options.spanSize,
+      states: this.#states,
+      used: this.#used,
+    };
   }
 
   /** Fills `target` when its spans are ready and its bytes in the page cache. Never waits. */
@@ -284,7 +289,7 @@ export class SpanStore {
     const before = going.map((span) => [this.state(span), this.markedCrc(span)] as const);
     for (const span of going) {
       this.#evicting.set(span, promise);
-      this.#states[span] = SpanState.Absent;
+      Atomics.store(this.#states, span, SpanState.Absent);
       bytes += this.spanLength(span);
     }
     this.#cachedBytes -= bytes;
@@ -354,7 +359,7 @@ export class SpanStore {
   /** Trusts the span no more. */
   drop(span: number): void {
     if (this.#closed || this.state(span) === SpanState.Absent) return;
-    this.#states[span] = SpanState.Absent;
+    Atomics.store(this.#states, span, SpanState.Absent);
     this.#cachedBytes -= this.spanLength(span);
     this.#map?.clear(span);
   }

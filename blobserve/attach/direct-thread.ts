@@ -1,0 +1,237 @@
+/**
+ * The thread that answers the reads of layers whose bytes are all in their cache files (direct-serving.ts): of each device it has
+ * a socket and the file. One loop of poll(2), recv(2), preadv2(2) and send(2), with nothing of Node between them.
+ *
+ * It answers nothing but what needs no thought: reads inside the device, of spans that are ready, from the page cache. With
+ * anything else the connection goes back, and the request with it. A reply leaves only when, after its bytes were read, their spans
+ * are ready still and nobody has withdrawn the file: whoever changes bytes says so first.
+ */
+import { closeSync } from 'node:fs';
+import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads';
+import koffi from 'koffi';
+import { libc } from '../linux/libc.js';
+import { SpanState } from '../readers/span-state.js';
+import {
+  DIRECT_CONNECTIONS_MAX,
+  type DirectAnswer,
+  type DirectOrder,
+  type DirectThreadData,
+} from './direct-orders.js';
+import { NBD_REPLY_LENGTH, NBD_REQUEST_LENGTH, NbdCommand, NbdError } from './nbd-protocol.js';
+
+type Connection = Exclude<DirectOrder, 'end'>;
+
+/** Requests taken from one socket before the next has its turn. */
+const REQUESTS_AT_ONCE = 16;
+/** Longest read in bytes that is answered here; the kernel's are 1.25 MiB by default. */
+const LONGEST_READ = 2 * 2 ** 20;
+/** A kernel that takes nothing for so long is not there any more, in milliseconds. */
+const SEND_PATIENCE = 10_000;
+/** So that a process that ends need not wait for longer, in milliseconds. */
+const LONGEST_WAIT = 1000;
+/** The clock is asked after so many turns. */
+const TURNS_PER_LOOK = 32;
+
+const READY: number = SpanState.Ready;
+const REQUEST_MAGIC = 0x25609513;
+const REPLY_MAGIC = 0x67446698;
+
+// <bits/poll.h>, <bits/socket.h>, <linux/fs.h>
+const POLLIN = 1;
+const POLLOUT = 4;
+const MSG_DONTWAIT = 0x40;
+const MSG_NOSIGNAL = 0x4000;
+const SHUT_RDWR = 2;
+const RWF_NOWAIT = 8;
+const { EAGAIN, EINTR } = koffi.os.errno;
+
+type Address = bigint;
+const poll = libc.func('int poll(void *descriptors, ulong count, int milliseconds)') as (
+  descriptors: Address,
+  count: number,
+  milliseconds: number,
+) => number;
+const recv = libc.func('long recv(int descriptor, void *bytes, size_t length, int flags)') as (
+  descriptor: number,
+  bytes: Address,
+  length: number,
+  flags: number,
+) => number;
+const send = libc.func('long send(int descriptor, const void *bytes, size_t length, int flags)') as (
+  descriptor: number,
+  bytes: Address,
+  length: number,
+  flags: number,
+) => number;
+const shutdown = libc.func('int shutdown(int descriptor, int how)') as (
+  descriptor: number,
+  how: number,
+) => number;
+const preadv2 = libc.func('long preadv2(int fd, void *iov, int count, int64_t offset, int flags)') as (
+  fd: number,
+  iov: Address,
+  count: number,
+  offset: number,
+  flags: number,
+) => number;
+
+/** Memory that does not move, and a view of it. */
+function memory(length: number): { readonly address: Address; readonly bytes: ArrayBuffer } {
+  const pointer: unknown = koffi.alloc('uint8_t', length);
+  return { address: BigInt(koffi.address(pointer)), bytes: koffi.view(pointer, length) };
+}
+
+const requests = memory(NBD_REQUEST_LENGTH * REQUESTS_AT_ONCE);
+const request = new DataView(requests.bytes);
+/** Header and data, so that both leave in one call. */
+const reply = memory(NBD_REPLY_LENGTH + LONGEST_READ);
+const header = new DataView(reply.bytes, 0, NBD_REPLY_LENGTH);
+header.setUint32(0, REPLY_MAGIC);
+header.setUint32(4, NbdError.NONE);
+/** struct iovec of <bits/types/struct_iovec.h>: address u64, length u64. */
+const iovec = memory(16);
+const target = new BigUint64Array(iovec.bytes);
+target[0] = reply.address + BigInt(NBD_REPLY_LENGTH);
+target[1] = BigInt(LONGEST_READ);
+const targetWords = new Uint32Array(iovec.bytes);
+/** struct pollfd of <sys/poll.h>: descriptor i32, events i16, revents i16. */
+const polled = memory(8 * (DIRECT_CONNECTIONS_MAX + 1));
+const polledWords = new Int32Array(polled.bytes);
+const waited = memory(8);
+const waitedWords = new Int32Array(waited.bytes);
+
+const port = parentPort;
+if (port === null) throw new Error('this is a thread, not a program');
+const { wake } = workerData as DirectThreadData;
+const connections: Connection[] = [];
+let clockOffset = 0;
+let seconds = 0;
+let turns = 0;
+
+/** As `clockSeconds` of span-store.ts says in the thread that has sent us the file. */
+function lookAtClock(): void {
+  seconds = 1 + Math.floor((performance.now() + clockOffset) / 1000);
+}
+
+function giveBack(connection: Connection, from: number, end: number): void {
+  connections.splice(connections.indexOf(connection), 1);
+  closeSync(connection.file.fd);
+  const rest = new Uint8Array(requests.bytes.slice(from, end));
+  closeSync(connection.socket);
+  port?.postMessage({ id: connection.id, rest } satisfies DirectAnswer);
+}
+
+function isWithdrawn({ withdrawn }: Connection['file']): boolean {
+  for (const flag of withdrawn) if (Atomics.load(flag, 0) !== 0) return true;
+  return false;
+}
+
+function areReady({ spanSize, states }: Connection['file'], offset: number, length: number): boolean {
+  const last = Math.floor((offset + length - 1) / spanSize);
+  for (let span = Math.floor(offset / spanSize); span <= last; span++)
+    if (Atomics.load(states, span) !== READY) return false;
+  return true;
+}
+
+/** @returns false when the socket is broken, perhaps in the middle of a reply */
+function sendReply(socket: number, length: number): boolean {
+  let at = reply.address;
+  let left = length;
+  for (;;) {
+    const sent = send(socket, at, left, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (sent === left) return true;
+    if (sent > 0) {
+      at += BigInt(sent);
+      left -= sent;
+      continue;
+    }
+    const errno = koffi.errno();
+    if (errno === EINTR) continue;
+    if (errno !== EAGAIN) return false;
+    waitedWords[0] = socket;
+    waitedWords[1] = POLLOUT;
+    if (poll(waited.address, 1, SEND_PATIENCE) === 0) return false;
+  }
+}
+
+/** @returns false when it was not answered, `undefined` when the socket is broken */
+function answer({ socket, file, counts }: Connection, at: number): boolean | undefined {
+  if (request.getUint32(at) !== REQUEST_MAGIC || request.getUint16(at + 6) !== NbdCommand.READ) return false;
+  const offset = request.getUint32(at + 16) * 2 ** 32 + request.getUint32(at + 20);
+  const length = request.getUint32(at + 24);
+  if (length === 0 || length > LONGEST_READ || offset + length > file.size) return false;
+  targetWords[2] = length;
+  if (preadv2(file.fd, iovec.address, 1, offset, RWF_NOWAIT) !== length) return false;
+  // Only now: what is read of a span that was let go of meanwhile may be anything.
+  if (isWithdrawn(file) || !areReady(file, offset, length)) return false;
+  header.setUint32(8, request.getUint32(at + 8));
+  header.setUint32(12, request.getUint32(at + 12));
+  if (!sendReply(socket, NBD_REPLY_LENGTH + length)) return undefined;
+  const last = Math.floor((offset + length - 1) / file.spanSize);
+  for (let span = Math.floor(offset / file.spanSize); span <= last; span++) file.used[span] = seconds;
+  counts[0] = (counts[0] ?? 0) + 1;
+  counts[1] = (counts[1] ?? 0) + length;
+  return true;
+}
+
+function serve(connection: Connection): void {
+  const { socket } = connection;
+  const received = recv(socket, requests.address, requests.bytes.byteLength, MSG_DONTWAIT);
+  if (received < 0 && (koffi.errno() === EAGAIN || koffi.errno() === EINTR)) return;
+  if (received <= 0) {
+    // Who has it next finds out the same.
+    giveBack(connection, 0, 0);
+    return;
+  }
+  for (let at = 0; at < received; at += NBD_REQUEST_LENGTH) {
+    const answered = received - at < NBD_REQUEST_LENGTH ? false : answer(connection, at);
+    if (answered === true) continue;
+    // Nothing that follows half a reply could be understood.
+    if (answered === undefined) shutdown(socket, SHUT_RDWR);
+    giveBack(connection, at, answered === undefined ? at : received);
+    return;
+  }
+}
+
+/** @returns false: the end */
+function obey(order: DirectOrder): boolean {
+  if (order === 'end') return false;
+  clockOffset = order.now - performance.now();
+  lookAtClock();
+  connections.push(order);
+  return true;
+}
+
+/** Serves until there is nothing to be served. @returns false: the end */
+function serveAll(): boolean {
+  while (connections.length > 0) {
+    polledWords[0] = wake;
+    polledWords[1] = POLLIN;
+    for (let index = 0; index < connections.length; index++) {
+      polledWords[2 * index + 2] = connections[index]?.socket ?? -1;
+      polledWords[2 * index + 3] = POLLIN;
+    }
+    const asked = connections.length;
+    const count = poll(polled.address, asked + 1, LONGEST_WAIT);
+    if (count <= 0 || ++turns % TURNS_PER_LOOK === 0) lookAtClock();
+    if (count <= 0) continue;
+    // From the end: one that is given back moves those behind it.
+    for (let index = asked - 1; index >= 0; index--) {
+      const connection = connections[index];
+      if (connection !== undefined && (polledWords[2 * index + 3] ?? 0) >>> 16 !== 0) serve(connection);
+    }
+    if ((polledWords[1] ?? 0) >>> 16 === 0) continue;
+    recv(wake, requests.address, requests.bytes.byteLength, MSG_DONTWAIT);
+    for (let one = receiveMessageOnPort(port!); one !== undefined; one = receiveMessageOnPort(port!)) {
+      if (!obey(one.message as DirectOrder)) return false;
+    }
+  }
+  return true;
+}
+
+port.on('message', (order: DirectOrder) => {
+  if (obey(order) && serveAll()) return;
+  for (const connection of [...connections]) giveBack(connection, 0, 0);
+  port.close();
+});
+port.postMessage('ready' satisfies DirectAnswer);
