@@ -30,7 +30,7 @@ new Function('exports', outputText)(compiled);
 
 const server = http.createServer((request, response) => response.end(String(compiled.answer(request.url))));
 server.listen(0, '127.0.0.1', () => {
-  http.get({ port: server.address().port, path: '/sevens', agent: false }, (response) => {
+  http.get({ host: '127.0.0.1', port: server.address().port, path: '/sevens', agent: false }, (response) => {
     response.on('data', (body) => {
       console.log('Hello from Node.js ' + process.version + ' and TypeScript ' + ts.version + ': ' + body);
       server.close();
@@ -71,7 +71,11 @@ const NODE: PackageImage = {
     { name: '3-typescript', packages: ['node-typescript'] },
   ],
   inputs: (layers) => ({ layers, NODE_PROGRAM }),
-  configuration: { Env: [PATH], Cmd: ['node', '/app/server.js'], WorkingDir: '/' },
+  configuration: {
+    Env: [PATH, 'NODE_PATH=/usr/share/nodejs'],
+    Cmd: ['node', '/app/server.js'],
+    WorkingDir: '/',
+  },
   application: application('4-application', 'server.js', NODE_PROGRAM),
 };
 
