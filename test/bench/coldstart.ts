@@ -70,10 +70,17 @@ function choices(arguments_: string[]): Choices {
 /** Stacks that have to be removed however this ends, the newest first. */
 class Running {
   readonly #stacks: Stack[] = [];
+  #ending = false;
   readonly track = (stack: Stack): void => void this.#stacks.push(stack);
+
+  /** @throws when nothing is to be begun any more */
+  check(): void {
+    if (this.#ending) throw new Error('interrupted');
+  }
 
   /** Removes all of them; a stack may be removed twice. */
   async remove(): Promise<void> {
+    this.#ending = true;
     for (const stack of this.#stacks.splice(0).reverse()) await stack.remove();
   }
 }
@@ -111,6 +118,7 @@ async function measure(chosen: Choices, running: Running): Promise<Run[]> {
   const broken = new Map<string, string>();
   for (const image of images) {
     for (const content of new Set(systems.map((system) => system.content))) {
+      running.check();
       const key = `${image.name} ${content}`;
       const progress = (message: string): void => say(`${image.name}: ${message}`);
       await provide(content, image, registry, running.track, progress).then(
@@ -129,6 +137,7 @@ async function measure(chosen: Choices, running: Running): Promise<Run[]> {
     for (const mbit of chosen.mbit) {
       for (const image of images) {
         for (const system of systems) {
+          running.check();
           const which = { system: system.name, ours: system.ours, image: image.name, mbit, run };
           const key = `${image.name} ${system.content}`;
           const content = contents.get(key);
@@ -188,13 +197,15 @@ all bytes to the node with their headers, and all requests, until the container 
 peak RSS of containerd and of the snapshotter's processes; not of containers, their shims, clients and mkfs.erofs.\n`,
   );
   const running = new Running();
+  const work = measure(chosen, running);
   let runs: Run[];
   try {
-    runs = await Promise.race([measure(chosen, running), interruption()]);
+    runs = await Promise.race([work, interruption()]);
   } catch (error) {
     await running.remove();
+    // What was under way ends without what it needs, and cleans up after itself too.
+    await work.catch(() => undefined);
     console.error(inShort(error));
-    // What was under way would go on without what it needs.
     process.exit(1);
   }
   await running.remove();
