@@ -7,6 +7,8 @@ export const DIRECT_CONNECTIONS_MAX = 511;
 export interface DirectThreadData {
   /** Becomes readable when there is a message. */
   readonly wake: number;
+  /** In shared memory: how many messages there were. */
+  readonly orders: Int32Array;
 }
 
 /** To the thread. Descriptors become the thread's. */

@@ -37,6 +37,7 @@ export class DirectServing {
   #worker: Worker | undefined;
   #ready = false;
   #wake: [ours: number, theirs: number] | undefined;
+  readonly #orders = new Int32Array(new SharedArrayBuffer(4));
   readonly #lent = new Map<number, Lent>();
   #lastId = 0;
   #closed = false;
@@ -113,7 +114,8 @@ export class DirectServing {
 
   #order(order: DirectOrder): void {
     this.#worker?.postMessage(order);
-    // It has two places to look at: what comes by Node's port is seen only when poll has returned.
+    // What comes by Node's port is seen only when somebody looks.
+    Atomics.add(this.#orders, 0, 1);
     if (this.#wake !== undefined) writeSync(this.#wake[0], '.');
   }
 
@@ -121,7 +123,7 @@ export class DirectServing {
     if (this.#worker !== undefined) return;
     const wake = socketpair();
     const worker = new Worker(this.#program, {
-      workerData: { wake: wake[1] } satisfies DirectThreadData,
+      workerData: { wake: wake[1], orders: this.#orders } satisfies DirectThreadData,
       // Descriptors come and go between threads.
       trackUnmanagedFds: false,
     });

@@ -2,6 +2,8 @@
  * The thread that answers the reads of layers whose bytes are all in their cache files (direct-serving.ts): of each device it has
  * a socket and the file. One loop of poll(2), recv(2), preadv2(2) and send(2), with nothing of Node between them.
  *
+ * While one device alone is read, its socket is waited for by recv(2) itself: poll would be a fourth call for each read.
+ *
  * It answers nothing but what needs no thought: reads inside the device, of spans that are ready, from the page cache. With
  * anything else the connection goes back, and the request with it. A reply leaves only when, after its bytes were read, their spans
  * are ready still and nobody has withdrawn the file: whoever changes bytes says so first.
@@ -9,7 +11,9 @@
 import { closeSync } from 'node:fs';
 import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads';
 import koffi from 'koffi';
+import { setNonBlocking } from '../linux/descriptor.js';
 import { libc } from '../linux/libc.js';
+import { setReceiveTimeout } from '../linux/socketpair.js';
 import { SpanState } from '../readers/span-state.js';
 import {
   DIRECT_CONNECTIONS_MAX,
@@ -27,6 +31,8 @@ const REQUESTS_AT_ONCE = 16;
 const LONGEST_READ = 2 * 2 ** 20;
 /** A kernel that takes nothing for so long is not there any more, in milliseconds. */
 const SEND_PATIENCE = 10_000;
+/** How long one socket is waited for without a look at what else there is, in milliseconds. */
+const ALONE_WAIT = 5;
 /** So that a process that ends need not wait for longer, in milliseconds. */
 const LONGEST_WAIT = 1000;
 /** The clock is asked after so many turns. */
@@ -102,11 +108,13 @@ const waitedWords = new Int32Array(waited.bytes);
 
 const port = parentPort;
 if (port === null) throw new Error('this is a thread, not a program');
-const { wake } = workerData as DirectThreadData;
+const { wake, orders } = workerData as DirectThreadData;
 const connections: Connection[] = [];
 let clockOffset = 0;
 let seconds = 0;
 let turns = 0;
+/** Messages that were looked at. */
+let ordersSeen = 0;
 
 /** As `clockSeconds` of span-store.ts says in the thread that has sent us the file. */
 function lookAtClock(): void {
@@ -117,6 +125,7 @@ function giveBack(connection: Connection, from: number, end: number): void {
   connections.splice(connections.indexOf(connection), 1);
   closeSync(connection.file.fd);
   const rest = new Uint8Array(requests.bytes.slice(from, end));
+  setNonBlocking(connection.socket);
   closeSync(connection.socket);
   port?.postMessage({ id: connection.id, rest } satisfies DirectAnswer);
 }
@@ -166,22 +175,28 @@ function answer({ socket, file, counts }: Connection, at: number): boolean | und
   if (isWithdrawn(file) || !areReady(file, offset, length)) return false;
   header.setUint32(8, request.getUint32(at + 8));
   header.setUint32(12, request.getUint32(at + 12));
-  if (!sendReply(socket, NBD_REPLY_LENGTH + length)) return undefined;
   const last = Math.floor((offset + length - 1) / file.spanSize);
   for (let span = Math.floor(offset / file.spanSize); span <= last; span++) file.used[span] = seconds;
   counts[0] = (counts[0] ?? 0) + 1;
   counts[1] = (counts[1] ?? 0) + length;
-  return true;
+  // Who has the answer finds it counted.
+  return sendReply(socket, NBD_REPLY_LENGTH + length) ? true : undefined;
 }
 
-function serve(connection: Connection): void {
+/**
+ * Answers what has come.
+ *
+ * @param flags MSG_DONTWAIT, or 0 to wait for it
+ * @returns false when nothing has
+ */
+function serve(connection: Connection, flags: number): boolean {
   const { socket } = connection;
-  const received = recv(socket, requests.address, requests.bytes.byteLength, MSG_DONTWAIT);
-  if (received < 0 && (koffi.errno() === EAGAIN || koffi.errno() === EINTR)) return;
+  const received = recv(socket, requests.address, requests.bytes.byteLength, flags);
+  if (received < 0 && (koffi.errno() === EAGAIN || koffi.errno() === EINTR)) return false;
   if (received <= 0) {
     // Who has it next finds out the same.
     giveBack(connection, 0, 0);
-    return;
+    return true;
   }
   for (let at = 0; at < received; at += NBD_REQUEST_LENGTH) {
     const answered = received - at < NBD_REQUEST_LENGTH ? false : answer(connection, at);
@@ -189,8 +204,9 @@ function serve(connection: Connection): void {
     // Nothing that follows half a reply could be understood.
     if (answered === undefined) shutdown(socket, SHUT_RDWR);
     giveBack(connection, at, answered === undefined ? at : received);
-    return;
+    return true;
   }
+  return true;
 }
 
 /** @returns false: the end */
@@ -198,13 +214,33 @@ function obey(order: DirectOrder): boolean {
   if (order === 'end') return false;
   clockOffset = order.now - performance.now();
   lookAtClock();
+  setReceiveTimeout(order.socket, ALONE_WAIT);
+  setNonBlocking(order.socket, false);
   connections.push(order);
+  return true;
+}
+
+/** @returns false: the end */
+function obeyAll(): boolean {
+  ordersSeen = Atomics.load(orders, 0);
+  recv(wake, requests.address, requests.bytes.byteLength, MSG_DONTWAIT);
+  for (let one = receiveMessageOnPort(port!); one !== undefined; one = receiveMessageOnPort(port!)) {
+    if (!obey(one.message as DirectOrder)) return false;
+  }
   return true;
 }
 
 /** Serves until there is nothing to be served. @returns false: the end */
 function serveAll(): boolean {
+  let isQuiet = false;
   while (connections.length > 0) {
+    const [alone] = connections;
+    if (alone !== undefined && connections.length === 1 && !isQuiet) {
+      isQuiet = !serve(alone, 0);
+      if (++turns % TURNS_PER_LOOK === 0) lookAtClock();
+      if (Atomics.load(orders, 0) !== ordersSeen && !obeyAll()) return false;
+      continue;
+    }
     polledWords[0] = wake;
     polledWords[1] = POLLIN;
     for (let index = 0; index < connections.length; index++) {
@@ -215,16 +251,14 @@ function serveAll(): boolean {
     const count = poll(polled.address, asked + 1, LONGEST_WAIT);
     if (count <= 0 || ++turns % TURNS_PER_LOOK === 0) lookAtClock();
     if (count <= 0) continue;
+    isQuiet = false;
     // From the end: one that is given back moves those behind it.
     for (let index = asked - 1; index >= 0; index--) {
       const connection = connections[index];
-      if (connection !== undefined && (polledWords[2 * index + 3] ?? 0) >>> 16 !== 0) serve(connection);
+      if (connection !== undefined && (polledWords[2 * index + 3] ?? 0) >>> 16 !== 0)
+        serve(connection, MSG_DONTWAIT);
     }
-    if ((polledWords[1] ?? 0) >>> 16 === 0) continue;
-    recv(wake, requests.address, requests.bytes.byteLength, MSG_DONTWAIT);
-    for (let one = receiveMessageOnPort(port!); one !== undefined; one = receiveMessageOnPort(port!)) {
-      if (!obey(one.message as DirectOrder)) return false;
-    }
+    if ((polledWords[1] ?? 0) >>> 16 !== 0 && !obeyAll()) return false;
   }
   return true;
 }

@@ -40,14 +40,14 @@ export function writeSome(descriptor: number, bytes: Buffer): number {
 }
 
 /**
- * Makes reads of the open file answer EAGAIN rather than wait. It is a property of the open file, not of this
- * descriptor: every process that shares it sees it.
+ * Makes reads of the open file answer EAGAIN rather than wait, or has them wait again. It is a property of the open file, not of
+ * this descriptor: every process that shares it sees it.
  *
  * @throws {SystemCallError}
  */
-export function setNonBlocking(descriptor: number): void {
+export function setNonBlocking(descriptor: number, on = true): void {
   const flags = fcntl(descriptor, F_GETFL, 0);
-  if (flags < 0 || fcntl(descriptor, F_SETFL, flags | O_NONBLOCK) < 0) {
+  if (flags < 0 || fcntl(descriptor, F_SETFL, on ? flags | O_NONBLOCK : flags & ~O_NONBLOCK) < 0) {
     throw systemCallError('fcntl', `O_NONBLOCK on descriptor ${descriptor}`);
   }
 }

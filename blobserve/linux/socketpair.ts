@@ -53,6 +53,15 @@ export function setSendBuffer(descriptor: number, bytes: number): boolean {
   return setsockoptCall(descriptor, SOL_SOCKET, SO_SNDBUFFORCE, new Int32Array([bytes]), 4) === 0;
 }
 
+/** SO_RCVTIMEO of <asm-generic/socket.h>; it takes a struct timeval, two times 64 bits. */
+const SO_RCVTIMEO = 20;
+
+/** Has a read of the socket that waits give up with EAGAIN after so many milliseconds, below 1000. */
+export function setReceiveTimeout(descriptor: number, milliseconds: number): boolean {
+  const time = new Int32Array([0, 0, 1000 * milliseconds, 0]);
+  return setsockoptCall(descriptor, SOL_SOCKET, SO_RCVTIMEO, time, 16) === 0;
+}
+
 /**
  * True when every other end of this stream socket is closed and nothing is left to read. Does not wait, takes nothing.
  *
