@@ -5,7 +5,9 @@
 import { createHash } from 'node:crypto';
 import { access, mkdir, readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import path from 'node:path';
+import { setTimeout as delay } from 'node:timers/promises';
 import { execa } from 'execa';
+import { layout } from '../../../daemon/layout.js';
 import { cacheDirectory, checkout, ctrRemoteProgram } from '../../debian/packages.js';
 import type { LayerFormat } from '../../image/layer-blob.js';
 import type { Image } from '../../image/oci-layout.js';
@@ -58,6 +60,27 @@ async function pushIndex({ target, scratch }: Making, ...options: string[]): Pro
   await execa(process.execPath, [command, 'index', '--push', '--json', '--out', out, ...options, target]);
 }
 
+/** The same with what a start of the image was recorded to read: it is pulled and run once, on a node of its own. */
+async function pushIndexWithList(making: Making): Promise<void> {
+  const { target, scratch } = making;
+  const { root } = scratch.plugin();
+  const configuration = `version = 1\nroot = ${JSON.stringify(root)}\n[prefetch]\nrecord_time = "8s"\n`;
+  const snapshotter = await scratch.startSnapshotter({ configuration });
+  const containerd = await scratch.startContainerd({ snapshotters: [snapshotter.plugin] });
+  const choice = ['--snapshotter', 'erofs-nbd'];
+  await containerd.ctr('image', 'pull', '--plain-http', ...choice, target);
+  await containerd.ctr('run', '--rm', ...choice, target, 'recorded');
+  const records = path.join(layout(root).prefetch, 'sha256');
+  const deadline = Date.now() + 60_000;
+  while (((await readdir(records).catch(() => [])) as string[]).every((name) => !name.endsWith('.json'))) {
+    if (Date.now() > deadline) throw new Error(`nothing was recorded in ${records}`);
+    await delay(200);
+  }
+  const file = path.join(scratch.directory, 'publish.toml');
+  await writeFile(file, configuration);
+  await pushIndex(making, '--config', file, '--with-prefetch');
+}
+
 /** A new one is an entry here, and a system in systems.ts that names it. */
 export const CONTENTS: Readonly<Record<string, Content>> = {
   'tar.gz': { is: 'tar.gz layers', format: 'tar+gzip' },
@@ -67,6 +90,18 @@ export const CONTENTS: Readonly<Record<string, Content>> = {
     format: 'tar+gzip',
     ours: true,
     make: (making) => pushIndex(making),
+  },
+  'index-list': {
+    is: 'tar.gz layers, with what `erofs-nbd index --push --with-prefetch` makes after one start of the image',
+    format: 'tar+gzip',
+    ours: true,
+    make: pushIndexWithList,
+  },
+  'native-list': {
+    is: 'native EROFS layers, lz4hc, with the list of `erofs-nbd index --push --with-prefetch`',
+    format: 'erofs-lz4hc',
+    ours: true,
+    make: pushIndexWithList,
   },
   soci: {
     is: 'tar.gz layers, with what `soci create` and `soci push` make (spans of 4 MiB; none for layers below 10 MiB)',
