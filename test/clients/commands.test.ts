@@ -54,7 +54,7 @@ describe('on a node with containerd 2.x', () => {
       version: 'sid',
       capabilities: ['remap-ids'],
       // What is used is what was read.
-      configuration: '[background]\ndownload = false\n[fetch]\nreadahead = "0B"\n',
+      configuration: '[background]\ndownload = false\n[fetch]\nreadahead = "0B"\n[prefetch]\nuse = false\n',
     });
     image = await buildTinyImage({ format: 'erofs-lz4hc' });
     reference = await node.registry.push(image, 'team/tiny:1');

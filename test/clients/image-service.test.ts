@@ -81,6 +81,8 @@ readahead = "0B"
 span_size = "4KiB"
 [background]
 download = false
+[prefetch]
+use = false
 [containerd]
 address = ${JSON.stringify(path.join(stack.directory, 'containerd', 'containerd.sock'))}
 discover = false
