@@ -25,6 +25,12 @@ const SIZE = 2 ** 20;
 const SPAN = 4096;
 const DIGEST = `sha256:${'7'.repeat(64)}`;
 const program = new URL('../dist/blobserve/attach/direct-thread.js', import.meta.url);
+/** Dies of the first connection that it gets. */
+const FAILING = new URL(
+  `data:text/javascript,${encodeURIComponent(
+    "import { parentPort } from 'node:worker_threads'; parentPort.on('message', () => process.exit(1)); parentPort.postMessage('ready');",
+  )}`,
+);
 const log = pino({ level: 'silent' });
 
 /** Neighbours, sectors and spans differ, and no byte is 0. */
@@ -36,7 +42,7 @@ const CONTENT = Buffer.from(
 class Node {
   readonly directory = mkdtempSync(path.join(DISK, 'erofs-nbd-direct-'));
   readonly record = new ReadingRecord();
-  readonly direct = new DirectServing(log, program);
+  readonly direct: DirectServing;
   readonly errors: unknown[] = [];
   loans = 0;
   /** Whether the connection is lent at this moment. */
@@ -48,6 +54,10 @@ class Node {
   server!: NbdServer;
   client!: NbdClient;
   #cookie = 0;
+
+  constructor(thread = program) {
+    this.direct = new DirectServing(log, thread);
+  }
 
   async start(): Promise<void> {
     const blob = new MemoryBlob(CONTENT, () => this.beforeFetch());
@@ -216,9 +226,12 @@ describe.skipIf(!READS_NOW)('a connection lent to the thread for cached layers',
   });
 
   it('is broken, for the kernel to make it anew, when the thread fails', async () => {
-    node.direct.fail();
-    expect(await node.server.ended).toEqual({ reason: 'hung up' });
-    await node.client.untilClosed();
+    const other = new Node(FAILING);
+    await other.start();
+    await other.untilLent();
+    expect(await other.server.ended).toEqual({ reason: 'hung up' });
+    await other.client.untilClosed();
+    await other.end();
   });
 
   it('never answers a wrong byte while spans are taken away and come again, many reads at a time', async () => {

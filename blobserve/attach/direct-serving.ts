@@ -1,6 +1,6 @@
 /**
  * Has a thread of its own (direct-thread.ts) answer the reads of nbd devices that need nothing but their cache file, so that they
- * wait for nothing that goes on in the event loop, and cost less: half of what a small read takes in this process.
+ * wait for nothing that goes on in the event loop, and cost less.
  *
  * A connection has one owner at any time. It is lent to the thread between two requests, and comes back, with the request that
  * the thread could not answer, as soon as there is one.
@@ -41,7 +41,6 @@ export class DirectServing {
   readonly #lent = new Map<number, Lent>();
   #lastId = 0;
   #closed = false;
-
   readonly #program: URL;
 
   /** @param program direct-thread.js, for tests that run from the sources */
@@ -55,7 +54,7 @@ export class DirectServing {
    *
    * @param descriptor stays the caller's, who ends the loan early by shutting the connection down
    * @param onBack told once, with what was received and not answered; or never, when this is closed
-   * @returns undefined: not now
+   * @returns undefined: not now, or never since the thread has failed
    */
   lend(
     descriptor: number,
@@ -63,10 +62,17 @@ export class DirectServing {
     onBack: (rest: Uint8Array) => void,
   ): DirectConnection | undefined {
     if (this.#closed || this.#lent.size >= DIRECT_CONNECTIONS_MAX) return undefined;
-    if (!this.#ready || this.#wake === undefined) {
+    try {
+      if (this.#ready) return this.#lend(descriptor, file, onBack);
       this.#start();
-      return undefined;
+    } catch (error) {
+      // Of descriptors, most likely: the caller goes on as before.
+      this.#log.warn({ err: error }, 'a cached layer cannot be read on the thread for it');
     }
+    return undefined;
+  }
+
+  #lend(descriptor: number, file: DirectFile, onBack: (rest: Uint8Array) => void): DirectConnection {
     const counts = new Float64Array(new SharedArrayBuffer(16));
     const { size, spanSize, states, used, withdrawn } = file;
     const socket = duplicate(descriptor);
@@ -107,11 +113,6 @@ export class DirectServing {
     if (this.#ready) this.#order('end');
   }
 
-  /** Has the thread fail, for tests. */
-  fail(): void {
-    void this.#worker?.terminate();
-  }
-
   #order(order: DirectOrder): void {
     this.#worker?.postMessage(order);
     // What comes by Node's port is seen only when somebody looks.
@@ -140,15 +141,21 @@ export class DirectServing {
       this.#lent.delete(answer.id);
       lent?.onBack(answer.rest);
     });
-    worker.on('error', (error) => this.#log.error({ err: error }, 'the thread for cached layers failed'));
+    worker.on('error', (error) =>
+      this.#log.error(
+        { err: error },
+        'the thread for cached layers failed; they are read without it from now on',
+      ),
+    );
     worker.once('exit', () => this.#ended(wake));
   }
 
   /** What it had received cannot be known: connections that it had are broken, and the kernel asks on new ones again. */
   #ended(wake: readonly [number, number]): void {
     this.#ready = false;
-    this.#worker = undefined;
     this.#wake = undefined;
+    // One that has failed would fail again.
+    this.#closed = true;
     for (const descriptor of wake) closeSync(descriptor);
     const lent = [...this.#lent.values()];
     this.#lent.clear();

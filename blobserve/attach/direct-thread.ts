@@ -11,17 +11,27 @@
 import { closeSync } from 'node:fs';
 import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads';
 import koffi from 'koffi';
-import { setNonBlocking } from '../linux/descriptor.js';
-import { libc } from '../linux/libc.js';
+import { setNonBlocking, shutDown } from '../linux/descriptor.js';
+import { poll, POLLIN, POLLOUT } from '../linux/poll.js';
+import { preadv2, RWF_NOWAIT } from '../linux/pread.js';
+import { MSG_DONTWAIT, MSG_NOSIGNAL, recv, send } from '../linux/socket-calls.js';
 import { setReceiveTimeout } from '../linux/socketpair.js';
-import { SpanState } from '../readers/span-state.js';
+import { clockSeconds, SpanState } from '../readers/span-state.js';
 import {
   DIRECT_CONNECTIONS_MAX,
   type DirectAnswer,
   type DirectOrder,
   type DirectThreadData,
 } from './direct-orders.js';
-import { NBD_REPLY_LENGTH, NBD_REQUEST_LENGTH, NbdCommand, NbdError } from './nbd-protocol.js';
+import {
+  decodeRequest,
+  NBD_REPLY_LENGTH,
+  NBD_REQUEST_LENGTH,
+  NBD_REQUEST_MAGIC,
+  NbdCommand,
+  NbdError,
+  writeReplyHeader,
+} from './nbd-protocol.js';
 
 type Connection = Exclude<DirectOrder, 'end'>;
 
@@ -39,66 +49,26 @@ const LONGEST_WAIT = 1000;
 const TURNS_PER_LOOK = 32;
 
 const READY: number = SpanState.Ready;
-const REQUEST_MAGIC = 0x25609513;
-const REPLY_MAGIC = 0x67446698;
-
-// <bits/poll.h>, <bits/socket.h>, <linux/fs.h>
-const POLLIN = 1;
-const POLLOUT = 4;
-const MSG_DONTWAIT = 0x40;
-const MSG_NOSIGNAL = 0x4000;
-const SHUT_RDWR = 2;
-const RWF_NOWAIT = 8;
 const { EAGAIN, EINTR } = koffi.os.errno;
 
-type Address = bigint;
-const poll = libc.func('int poll(void *descriptors, ulong count, int milliseconds)') as (
-  descriptors: Address,
-  count: number,
-  milliseconds: number,
-) => number;
-const recv = libc.func('long recv(int descriptor, void *bytes, size_t length, int flags)') as (
-  descriptor: number,
-  bytes: Address,
-  length: number,
-  flags: number,
-) => number;
-const send = libc.func('long send(int descriptor, const void *bytes, size_t length, int flags)') as (
-  descriptor: number,
-  bytes: Address,
-  length: number,
-  flags: number,
-) => number;
-const shutdown = libc.func('int shutdown(int descriptor, int how)') as (
-  descriptor: number,
-  how: number,
-) => number;
-const preadv2 = libc.func('long preadv2(int fd, void *iov, int count, int64_t offset, int flags)') as (
-  fd: number,
-  iov: Address,
-  count: number,
-  offset: number,
-  flags: number,
-) => number;
-
-/** Memory that does not move, and a view of it. */
-function memory(length: number): { readonly address: Address; readonly bytes: ArrayBuffer } {
+/** Memory that does not move, with its address for system calls. */
+function memory(length: number): { readonly address: bigint; readonly bytes: ArrayBuffer } {
   const pointer: unknown = koffi.alloc('uint8_t', length);
   return { address: BigInt(koffi.address(pointer)), bytes: koffi.view(pointer, length) };
 }
 
 const requests = memory(NBD_REQUEST_LENGTH * REQUESTS_AT_ONCE);
-const request = new DataView(requests.bytes);
+const received = Buffer.from(requests.bytes);
 /** Header and data, so that both leave in one call. */
 const reply = memory(NBD_REPLY_LENGTH + LONGEST_READ);
-const header = new DataView(reply.bytes, 0, NBD_REPLY_LENGTH);
-header.setUint32(0, REPLY_MAGIC);
-header.setUint32(4, NbdError.NONE);
-/** struct iovec of <bits/types/struct_iovec.h>: address u64, length u64. */
+const header = Buffer.from(reply.bytes, 0, NBD_REPLY_LENGTH);
+/** struct iovec of <bits/types/struct_iovec.h>: address u64, length u64; of which only the length changes. */
 const iovec = memory(16);
 const target = new BigUint64Array(iovec.bytes);
 target[0] = reply.address + BigInt(NBD_REPLY_LENGTH);
-target[1] = BigInt(LONGEST_READ);
+target[1] = 0n;
+/** Below 2^32, so its lower half; a BigInt for each read would cost more. */
+const LENGTH_WORD = 2;
 const targetWords = new Uint32Array(iovec.bytes);
 /** struct pollfd of <sys/poll.h>: descriptor i32, events i16, revents i16. */
 const polled = memory(8 * (DIRECT_CONNECTIONS_MAX + 1));
@@ -118,7 +88,7 @@ let ordersSeen = 0;
 
 /** As `clockSeconds` of span-store.ts says in the thread that has sent us the file. */
 function lookAtClock(): void {
-  seconds = 1 + Math.floor((performance.now() + clockOffset) / 1000);
+  seconds = clockSeconds(performance.now() + clockOffset);
 }
 
 function giveBack(connection: Connection, from: number, end: number): void {
@@ -163,24 +133,34 @@ function sendReply(socket: number, length: number): boolean {
   }
 }
 
-/** @returns false when it was not answered, `undefined` when the socket is broken */
-function answer({ socket, file, counts }: Connection, at: number): boolean | undefined {
-  if (request.getUint32(at) !== REQUEST_MAGIC || request.getUint16(at + 6) !== NbdCommand.READ) return false;
-  const offset = request.getUint32(at + 16) * 2 ** 32 + request.getUint32(at + 20);
-  const length = request.getUint32(at + 24);
-  if (length === 0 || length > LONGEST_READ || offset + length > file.size) return false;
-  targetWords[2] = length;
-  if (preadv2(file.fd, iovec.address, 1, offset, RWF_NOWAIT) !== length) return false;
+type Outcome =
+  | 'answered'
+  /** It is somebody else's to answer. */
+  | 'left'
+  /** Half a reply may have gone, and nothing that follows it could be understood. */
+  | 'broken';
+
+function answer({ socket, file, counts }: Connection, at: number): Outcome {
+  const request = decodeRequest(received, at);
+  const { type, offset, length } = request;
+  if (type !== NbdCommand.READ || length === 0 || length > LONGEST_READ || offset + length > file.size)
+    return 'left';
+  targetWords[LENGTH_WORD] = length;
+  if (preadv2(file.fd, iovec.address, 1, offset, RWF_NOWAIT) !== length) return 'left';
   // Only now: what is read of a span that was let go of meanwhile may be anything.
-  if (isWithdrawn(file) || !areReady(file, offset, length)) return false;
-  header.setUint32(8, request.getUint32(at + 8));
-  header.setUint32(12, request.getUint32(at + 12));
+  if (isWithdrawn(file) || !areReady(file, offset, length)) return 'left';
+  writeReplyHeader(header, NbdError.NONE, request);
   const last = Math.floor((offset + length - 1) / file.spanSize);
   for (let span = Math.floor(offset / file.spanSize); span <= last; span++) file.used[span] = seconds;
+  // Before it is sent: who has the answer finds it counted.
   counts[0] = (counts[0] ?? 0) + 1;
   counts[1] = (counts[1] ?? 0) + length;
-  // Who has the answer finds it counted.
-  return sendReply(socket, NBD_REPLY_LENGTH + length) ? true : undefined;
+  return sendReply(socket, NBD_REPLY_LENGTH + length) ? 'answered' : 'broken';
+}
+
+/** What is cut off, or not the protocol, is for who has the whole stream. */
+function isRequest(at: number, end: number): boolean {
+  return end - at >= NBD_REQUEST_LENGTH && received.readUInt32BE(at) === NBD_REQUEST_MAGIC;
 }
 
 /**
@@ -191,20 +171,19 @@ function answer({ socket, file, counts }: Connection, at: number): boolean | und
  */
 function serve(connection: Connection, flags: number): boolean {
   const { socket } = connection;
-  const received = recv(socket, requests.address, requests.bytes.byteLength, flags);
-  if (received < 0 && (koffi.errno() === EAGAIN || koffi.errno() === EINTR)) return false;
-  if (received <= 0) {
+  const end = recv(socket, requests.address, received.length, flags);
+  if (end < 0 && (koffi.errno() === EAGAIN || koffi.errno() === EINTR)) return false;
+  if (end <= 0) {
     // Who has it next finds out the same.
     giveBack(connection, 0, 0);
     return true;
   }
-  for (let at = 0; at < received; at += NBD_REQUEST_LENGTH) {
-    const answered = received - at < NBD_REQUEST_LENGTH ? false : answer(connection, at);
-    if (answered === true) continue;
-    // Nothing that follows half a reply could be understood.
-    if (answered === undefined) shutdown(socket, SHUT_RDWR);
-    giveBack(connection, at, answered === undefined ? at : received);
-    return true;
+  for (let at = 0; at < end; at += NBD_REQUEST_LENGTH) {
+    const outcome = isRequest(at, end) ? answer(connection, at) : 'left';
+    if (outcome === 'answered') continue;
+    if (outcome === 'broken') shutDown(socket);
+    giveBack(connection, at, outcome === 'broken' ? at : end);
+    break;
   }
   return true;
 }
@@ -214,8 +193,8 @@ function obey(order: DirectOrder): boolean {
   if (order === 'end') return false;
   clockOffset = order.now - performance.now();
   lookAtClock();
-  setReceiveTimeout(order.socket, ALONE_WAIT);
-  setNonBlocking(order.socket, false);
+  // Without a limit a wait for one socket could not be left for the others.
+  if (setReceiveTimeout(order.socket, ALONE_WAIT)) setNonBlocking(order.socket, false);
   connections.push(order);
   return true;
 }
@@ -223,7 +202,7 @@ function obey(order: DirectOrder): boolean {
 /** @returns false: the end */
 function obeyAll(): boolean {
   ordersSeen = Atomics.load(orders, 0);
-  recv(wake, requests.address, requests.bytes.byteLength, MSG_DONTWAIT);
+  recv(wake, requests.address, received.length, MSG_DONTWAIT);
   for (let one = receiveMessageOnPort(port!); one !== undefined; one = receiveMessageOnPort(port!)) {
     if (!obey(one.message as DirectOrder)) return false;
   }

@@ -17,7 +17,7 @@
 export const NBD_REQUEST_LENGTH = 28;
 export const NBD_REPLY_LENGTH = 16;
 
-const REQUEST_MAGIC = 0x25609513;
+export const NBD_REQUEST_MAGIC = 0x25609513;
 const REPLY_MAGIC = 0x67446698;
 
 export const NbdCommand = {
@@ -65,7 +65,7 @@ function hexadecimal(number: number): string {
 
 export function encodeRequest(request: NbdRequest): Buffer {
   const bytes = Buffer.allocUnsafe(NBD_REQUEST_LENGTH);
-  bytes.writeUInt32BE(REQUEST_MAGIC, 0);
+  bytes.writeUInt32BE(NBD_REQUEST_MAGIC, 0);
   bytes.writeUInt16BE(request.flags, 4);
   bytes.writeUInt16BE(request.type, 6);
   bytes.writeUInt32BE(request.cookieHigh, 8);
@@ -76,11 +76,11 @@ export function encodeRequest(request: NbdRequest): Buffer {
 }
 
 /** @throws {NbdProtocolError} when the magic is wrong; `bytes` must hold 28 bytes from `at` */
-function decodeRequest(bytes: Buffer, at: number): NbdRequest {
+export function decodeRequest(bytes: Buffer, at: number): NbdRequest {
   const magic = bytes.readUInt32BE(at);
-  if (magic !== REQUEST_MAGIC) {
+  if (magic !== NBD_REQUEST_MAGIC) {
     throw new NbdProtocolError(
-      `nbd request begins with ${hexadecimal(magic)}, not ${hexadecimal(REQUEST_MAGIC)}`,
+      `nbd request begins with ${hexadecimal(magic)}, not ${hexadecimal(NBD_REQUEST_MAGIC)}`,
     );
   }
   return {

@@ -80,6 +80,14 @@ const BYTES_PER_WRITE = 64 * 1024;
  */
 const BYTES_SENT_AT_ONCE = 96 * 1024;
 
+interface Loan {
+  readonly connection: DirectConnection;
+  readonly file: DirectFile;
+  /** Of the reads answered there, what is counted here already. */
+  reads: number;
+  readBytes: number;
+}
+
 export class NbdServer {
   /** Resolves once, when the connection is over; never rejects. */
   readonly ended: Promise<NbdServerEnd>;
@@ -109,7 +117,7 @@ export class NbdServer {
 
   readonly #direct: NbdServerOptions['direct'];
   /** Who else has the connection, while we read and write nothing, and the file that he reads. */
-  #loan: { readonly connection: DirectConnection; readonly file: DirectFile } | undefined;
+  #loan: Loan | undefined;
   #readsNow = 0;
   #readsBeforeLoan = READS_BEFORE_LOAN;
 
@@ -156,10 +164,10 @@ export class NbdServer {
       oldestReadMs = performance.now() - arrival;
       break;
     }
-    const lent = this.#loan?.connection;
+    this.#countLoan();
     return {
-      reads: this.#reads + (lent?.reads ?? 0),
-      readBytes: this.#readBytes + (lent?.readBytes ?? 0),
+      reads: this.#reads,
+      readBytes: this.#readBytes,
       readErrors: this.#readErrors,
       readsInFlight: this.#waiting.size,
       oldestReadMs,
@@ -196,8 +204,7 @@ export class NbdServer {
     this.#pump();
     this.#noteWaiting();
     // At most what one chunk holds is queued beyond the limit: the rest waits in the socket.
-    this.#receiving =
-      this.#queue.length - this.#queueHead < this.#maxReadsInFlight && !(this.#readsNow > 0 && this.#lend());
+    this.#receiving = this.#queue.length - this.#queueHead < this.#maxReadsInFlight && !this.#lend();
     return this.#receiving;
   }
 
@@ -209,7 +216,7 @@ export class NbdServer {
     if (file === undefined) return false;
     const connection = this.#direct.lend(this.#descriptor, file, (rest) => this.#returned(rest));
     if (connection === undefined) return false;
-    this.#loan = { connection, file };
+    this.#loan = { connection, file, reads: 0, readBytes: 0 };
     return true;
   }
 
@@ -226,16 +233,27 @@ export class NbdServer {
     );
   }
 
-  #returned(rest: Uint8Array): void {
+  /** A loan may last for days. */
+  #countLoan(): void {
     const loan = this.#loan;
     if (loan === undefined) return;
     const { reads, readBytes } = loan.connection;
+    const [more, moreBytes] = [reads - loan.reads, readBytes - loan.readBytes];
+    Object.assign(loan, { reads, readBytes });
+    this.#reads += more;
+    this.#readBytes += moreBytes;
+    loan.file.served(more, moreBytes);
+  }
+
+  #returned(rest: Uint8Array): void {
+    const loan = this.#loan;
+    if (loan === undefined) return;
+    this.#countLoan();
     this.#loan = undefined;
-    this.#reads += reads;
-    this.#readBytes += readBytes;
-    loan.file.served(reads, readBytes);
     this.#readsBeforeLoan =
-      reads < READS_OF_LOAN ? Math.min(2 * this.#readsBeforeLoan, MOST_READS_BEFORE_LOAN) : READS_BEFORE_LOAN;
+      loan.reads < READS_OF_LOAN
+        ? Math.min(2 * this.#readsBeforeLoan, MOST_READS_BEFORE_LOAN)
+        : READS_BEFORE_LOAN;
     if (this.#end !== undefined) return;
     if (this.#received(Buffer.from(rest.buffer, rest.byteOffset, rest.length))) this.#socket.resume();
   }

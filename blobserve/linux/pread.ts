@@ -7,7 +7,7 @@ import { libc } from './libc.js';
 import { IoVector } from './memory-address.js';
 
 /** Fail with EAGAIN rather than wait for the disk; <linux/fs.h>. */
-const RWF_NOWAIT = 0x00000008;
+export const RWF_NOWAIT = 0x00000008;
 
 const { EOPNOTSUPP, ENOSYS } = koffi.os.errno;
 
@@ -17,13 +17,10 @@ const vector = new IoVector(1);
 /** Keeps the buffer alive during the call: the kernel knows its address only, and a number holds nothing. */
 const inCall: { target: Buffer | undefined } = { target: undefined };
 
-const preadv2 = libc.func('long preadv2(int fd, void *iov, int iovcnt, int64_t offset, int flags)') as (
-  fd: number,
-  iov: unknown,
-  count: number,
-  offset: number,
-  flags: number,
-) => number;
+/** @param iov an array of struct iovec @returns how many bytes were read, or -1 with `koffi.errno()` */
+export const preadv2 = libc.func(
+  'long preadv2(int fd, void *iov, int iovcnt, int64_t offset, int flags)',
+) as (fd: number, iov: unknown, count: number, offset: number, flags: number) => number;
 
 /** An open file asked only for what is in the page cache; remembers when its file system cannot answer that. */
 export class PageCachedFile {

@@ -5,10 +5,7 @@
 import koffi from 'koffi';
 import { libc } from './libc.js';
 import { IoVector } from './memory-address.js';
-
-// <bits/socket.h>
-const MSG_DONTWAIT = 0x40;
-const MSG_NOSIGNAL = 0x4000;
+import { MSG_DONTWAIT, MSG_NOSIGNAL } from './socket-calls.js';
 
 /**
  * struct msghdr of <bits/types/struct_msghdr.h> on 64-bit Linux: name u64, namelen u32 (and 4 bytes of padding), iov u64 at

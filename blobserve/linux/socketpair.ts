@@ -3,6 +3,7 @@
  */
 import koffi from 'koffi';
 import { libc, systemCallError } from './libc.js';
+import { MSG_DONTWAIT, MSG_PEEK, recv } from './socket-calls.js';
 
 const AF_UNIX = 1;
 const SOCK_STREAM = 1;
@@ -10,8 +11,6 @@ const SOCK_CLOEXEC = 0o2000000;
 const SOL_SOCKET = 1;
 /** SO_SNDBUF beyond net.core.wmem_max, for who has CAP_NET_ADMIN; <asm-generic/socket.h>. */
 const SO_SNDBUFFORCE = 32;
-const MSG_PEEK = 0x02;
-const MSG_DONTWAIT = 0x40;
 
 const socketpairCall = libc.func('int socketpair(int domain, int type, int protocol, void *descriptors)') as (
   domain: number,
@@ -19,13 +18,6 @@ const socketpairCall = libc.func('int socketpair(int domain, int type, int proto
   protocol: number,
   descriptors: Int32Array,
 ) => number;
-const recvCall = libc.func('long recv(int descriptor, void *bytes, ulong length, int flags)') as (
-  descriptor: number,
-  bytes: Uint8Array,
-  length: number,
-  flags: number,
-) => number;
-
 /**
  * Two ends of a stream, closed on exec: a child process that kept one would keep the connection alive after our death.
  *
@@ -68,7 +60,7 @@ export function setReceiveTimeout(descriptor: number, milliseconds: number): boo
  * @throws {SystemCallError} when the descriptor is not a socket
  */
 export function isHungUp(descriptor: number): boolean {
-  const received = recvCall(descriptor, new Uint8Array(1), 1, MSG_PEEK | MSG_DONTWAIT);
+  const received = recv(descriptor, new Uint8Array(1), 1, MSG_PEEK | MSG_DONTWAIT);
   if (received >= 0) {
     return received === 0;
   }

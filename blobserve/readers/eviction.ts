@@ -4,7 +4,8 @@
  * event loop gets its turn in between.
  */
 import { setImmediate as turn } from 'node:timers/promises';
-import { clockSeconds, type SpanStore } from './span-store.js';
+import { clockSeconds } from './span-state.js';
+import type { SpanStore } from './span-store.js';
 
 /** Classes for each doubling of an age, in seconds; the last class has what was not read in this process. */
 const CLASSES_PER_OCTAVE = 8;

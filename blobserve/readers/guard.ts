@@ -43,13 +43,7 @@ export class GuardReader implements BlobReader {
 
   direct(): DirectFile | undefined {
     const file = this.#refusal === undefined ? this.next.direct?.() : undefined;
-    return (
-      file && {
-        ...file,
-        withdrawn: [...file.withdrawn, this.#refused],
-        served: (...all) => file.served(...all),
-      }
-    );
+    return file && { ...file, withdrawn: [...file.withdrawn, this.#refused] };
   }
 
   close(): Promise<void> {

@@ -16,7 +16,7 @@ import { counted } from '../metrics.js';
 import type { FetchSlots, FetchUrgency } from './fetch-slots.js';
 import type { ReadingRecord } from './reading-record.js';
 import { SpanState } from './span-state.js';
-import { type SpanStore } from './span-store.js';
+import type { SpanStore } from './span-store.js';
 
 export interface SpanRequestsOptions {
   /** The blob, for messages. */

@@ -19,7 +19,7 @@ import { counted } from '../metrics.js';
 import type { DirectFile } from './blob-reader.js';
 import { LocalFile, READ_WRITE_CREATE } from './local-file.js';
 import { countSpans, SpanMap } from './span-map.js';
-import { SpanState } from './span-state.js';
+import { clockSeconds, SpanState } from './span-state.js';
 
 export interface SpanStoreOptions {
   /** Directory of all cache files; made when it is missing. */
@@ -47,11 +47,6 @@ export interface SpaceKeeper {
   wrote(bytes: number, full?: boolean): void;
   /** The store holds spans that can be evicted, until the function that is returned is called. */
   add(store: SpanStore): () => void;
-}
-
-/** Seconds on a clock that never goes back, from 1 on. */
-export function clockSeconds(): number {
-  return 1 + Math.floor(performance.now() / 1000);
 }
 
 export class SpanStore {
