@@ -34,6 +34,9 @@ const REST_MAX = 128 * 1024;
 /** Spans that one is held against to be merged, the last ones of its layer: a hostile list is no reason to be busy. */
 const NEAR_MAX = 256;
 
+/** Bytes of a layer in which spans are looked for that cover another. */
+const PART = 4 * 2 ** 20;
+
 /** A list that is not used, and why. */
 export class PrefetchListError extends Error {
   override readonly name = 'PrefetchListError';
@@ -165,13 +168,21 @@ export function mergeSpans(
 /** One list of several: all of the first, then what the next ones have besides. */
 export function joinLists(lists: readonly PrefetchList[]): PrefetchList {
   const joined: PrefetchSpan[] = [];
+  /** What touches a part of a layer: who covers a span touches the part that it begins in. */
+  const parts = new Map<string, PrefetchSpan[]>();
   for (const span of lists.flat()) {
-    const { layer, offset, length } = span;
-    const covered = joined.some(
-      (other) =>
-        other.layer === layer && other.offset <= offset && offset + length <= other.offset + other.length,
-    );
-    if (!covered) joined.push(span);
+    const { layer, offset } = span;
+    const end = offset + span.length;
+    const first = Math.floor(offset / PART);
+    const near = parts.get(`${layer} ${first}`) ?? [];
+    if (near.some((other) => other.offset <= offset && end <= other.offset + other.length)) continue;
+    joined.push(span);
+    for (let part = first; part * PART < end; part++) {
+      const key = `${layer} ${part}`;
+      const spans = parts.get(key);
+      if (spans === undefined) parts.set(key, [span]);
+      else spans.push(span);
+    }
   }
   return joined;
 }

@@ -117,8 +117,8 @@ export class PrefetchRecords {
       const file = path.join(this.#folder, name);
       const status = await stat(file).catch(() => undefined);
       if (status === undefined) continue;
-      const list = (await this.list(manifestDigest).catch(() => undefined)) ?? [];
-      const layers = new Set(list.map(({ layer }) => layer));
+      const starts = await this.#read(manifestDigest).catch(() => []);
+      const layers = new Set(starts.flatMap(({ list }) => list.map(({ layer }) => layer)));
       found.push({ manifestDigest, file, layers, bytes: status.blocks * BLOCK, usedAt: status.mtimeMs });
     }
     return found.sort((a, b) => a.usedAt - b.usedAt);
