@@ -204,7 +204,7 @@ export class LayerPaths {
         `layer ${digest}: ${size} bytes are no EROFS image: its size is a multiple of its block size`,
       );
     }
-    const blob = await this.#options.blobs.open(source);
+    const blob = await this.#options.blobs.take(source);
     const path = this.#path(blob, blob.cache);
     try {
       await abortable(this.#trust(blob, path.guard, checked), signal);
@@ -258,7 +258,7 @@ export class LayerPaths {
     await checkMounted(name, this.#options.indexer.files(record.digest), record, mounted);
     const indexing = this.#trafficOfIndexing(record.digest);
     const files = this.#options.indexer.files(record.digest);
-    const blob = await this.#options.blobs.open(source);
+    const blob = await this.#options.blobs.take(source);
     const {
       device: whole,
       tar,

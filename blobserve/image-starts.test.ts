@@ -1,7 +1,7 @@
 import { describe, expect, it } from 'vitest';
 import { parseConfiguration } from '../daemon/configuration.js';
 import { silentLogger } from '../daemon/log.js';
-import type { control } from '../proto/messages.js';
+import { control } from '../proto/messages.js';
 import type { LayerPath } from './data-path.js';
 import type { FirstPart } from './first-reads.js';
 import { ImageStarts } from './image-starts.js';
@@ -22,19 +22,34 @@ interface Known {
   readonly own?: PrefetchList;
   readonly published?: PrefetchList;
   readonly settings?: string;
+  /** Layers that a published index has. */
+  readonly covered?: readonly string[];
+  readonly kind?: control.LayerKind;
 }
 
-function open({ own, published, settings = '' }: Known) {
+function open({ own, published, settings = '', covered = [], kind = control.LayerKind.EROFS }: Known) {
+  const ahead: string[] = [];
   const streamed: { image: string; parts: readonly FirstPart[] }[] = [];
   const starts = new ImageStarts({
     configuration: parseConfiguration(`[prefetch]\n${settings}`, 'c.toml'),
     firstReads: { stream: (image, _blob, parts) => void streamed.push({ image, parts }) },
     records: { list: () => Promise.resolve(own), used: () => Promise.resolve() },
-    published: { prefetchList: () => Promise.resolve(published) },
-    lookup: { layers: () => Promise.resolve([source('base'), source('top')]) },
+    published: {
+      prefetchList: () => Promise.resolve(published),
+      covered: () => Promise.resolve(new Set(covered)),
+    },
+    lookup: {
+      layers: () => Promise.resolve([source('base'), source('top')].map((one) => ({ ...one, kind }))),
+    },
+    blobs: {
+      openAhead: ({ layerDigest }) => {
+        ahead.push(layerDigest ?? '');
+        return Promise.resolve(path().blob);
+      },
+    },
     log: silentLogger,
   });
-  return { starts, streamed };
+  return { starts, streamed, ahead };
 }
 
 const turn = (): Promise<void> => new Promise(setImmediate);
@@ -61,6 +76,35 @@ describe('what is known of the starts of an image', () => {
     starts.opened(source('top'), path(), false);
     await turn();
     expect(streamed).toHaveLength(2);
+  });
+
+  it('is fetched before the layers are attached, and not again when they are', async () => {
+    const { starts, streamed, ahead } = open({ published: LIST });
+    const base = path();
+    starts.opened(source('base'), base, false);
+    await turn();
+    await starts.expected(source('base'), true);
+    // What is open is there already; the other is opened for it.
+    expect(ahead).toEqual(['top']);
+    expect(streamed.map(({ parts }) => parts.map(({ rank }) => rank))).toEqual([[1], [0, 2]]);
+    starts.opened(source('base'), base, false);
+    await turn();
+    expect(streamed).toHaveLength(2);
+  });
+
+  it('is fetched before of a tar layer only where it has a published index and is served lazily', async () => {
+    const kind = control.LayerKind.TAR_GZIP;
+    for (const [known, classic, expected] of [
+      [{ published: LIST, kind, covered: ['base'] }, true, ['base']],
+      [{ published: LIST, kind, covered: ['base'] }, false, []],
+      [{ published: LIST, kind }, true, []],
+      [{ published: LIST, kind: control.LayerKind.OTHER, covered: ['base'] }, true, []],
+      [{ published: LIST, settings: 'use = false' }, true, []],
+    ] as const) {
+      const { starts, ahead } = open(known);
+      await starts.expected(source('base'), classic);
+      expect(ahead).toEqual(expected);
+    }
   });
 
   it('is what was recorded here, before what is published', async () => {

@@ -6,10 +6,11 @@
 import { LRUCache } from 'lru-cache';
 import type { Configuration } from '../daemon/configuration.js';
 import type { Logger } from '../daemon/log.js';
-import type { control } from '../proto/messages.js';
+import { control } from '../proto/messages.js';
 import type { LayerPath } from './data-path.js';
-import type { FirstReads } from './first-reads.js';
-import type { LayerLookup } from './layer-lookup.js';
+import type { FirstReads, FirstReadsBlob } from './first-reads.js';
+import type { LayerBlobs } from './layer-blobs.js';
+import { isClassic, type LayerLookup } from './layer-lookup.js';
 import { bytesOf, listFor, mergeSpans, type PrefetchList, PrefetchListError } from './prefetch-list.js';
 import type { PrefetchRecords } from './prefetch-records.js';
 import type { PublishedIndexes } from './published/published-indexes.js';
@@ -22,8 +23,10 @@ export interface ImageStartsOptions {
   readonly configuration: Pick<Configuration, 'prefetch' | 'cache'>;
   readonly firstReads: Pick<FirstReads, 'stream'>;
   readonly records: Pick<PrefetchRecords, 'list' | 'used'>;
-  readonly published: Pick<PublishedIndexes, 'prefetchList'>;
+  readonly published: Pick<PublishedIndexes, 'prefetchList' | 'covered'>;
   readonly lookup: Pick<LayerLookup, 'layers'>;
+  /** Opens blobs before their layers are attached. */
+  readonly blobs: Pick<LayerBlobs, 'openAhead'>;
   /** Knows what to do without a list. */
   readonly entrypoints?: Pick<EntrypointReads, 'opened'>;
   readonly log: Logger;
@@ -32,8 +35,6 @@ export interface ImageStartsOptions {
 interface OpenLayer {
   readonly source: Source;
   readonly path: LayerPath;
-  /** Images for which it is being fetched ahead, or has been. */
-  readonly streamedFor: Set<string>;
 }
 
 /** Images whose list is remembered, and for how many milliseconds. */
@@ -44,11 +45,45 @@ export class ImageStarts {
   readonly #options: ImageStartsOptions;
   /** By digest of the layer. */
   readonly #open = new Map<string, OpenLayer>();
+  /** Images for which a blob is being fetched ahead, or has been. */
+  readonly #streamedFor = new WeakMap<FirstReadsBlob, Set<string>>();
   /** By image, as it was asked for, and manifest: others may have published other lists elsewhere. */
   readonly #lists = new LRUCache<string, Promise<PrefetchList>>({ max: IMAGES_MAX, ttl: KEPT_MS });
 
   constructor(options: ImageStartsOptions) {
     this.#options = options;
+  }
+
+  /**
+   * An image is being pulled: what its start reads is fetched while its layers are made ready, where it can be said which bytes
+   * those will be read from. Never rejects.
+   *
+   * @param source names the image
+   * @param classic whether its tar layers are served lazily
+   */
+  async expected(source: Source, classic: boolean): Promise<void> {
+    const { configuration, lookup, published, blobs, log } = this.#options;
+    const image = source.manifestDigest ?? '';
+    if (!configuration.prefetch.use || image === '') return;
+    try {
+      const list = await this.#list(source, image);
+      if (list.length === 0) return;
+      const layers = new Map(
+        (await lookup.layers(source, '')).map((layer) => [layer.layerDigest ?? '', layer]),
+      );
+      // A tar layer without a published index is read as a whole first.
+      const covered = classic ? await published.covered(source.imageRef ?? '', image) : new Set();
+      for (const digest of new Set(list.map(({ layer }) => layer))) {
+        const layer = layers.get(digest);
+        const lazy = isClassic(layer?.kind) ? covered.has(digest) : layer?.kind === control.LayerKind.EROFS;
+        if (layer === undefined || !lazy || this.#open.has(digest)) continue;
+        const blob = await blobs.openAhead(layer);
+        if (blob !== undefined) this.#streamBlob(image, digest, blob.cache, list);
+      }
+    } catch (error) {
+      // Whoever opens the layers says what is wrong with the list.
+      log.debug({ image, reason: String(error) }, 'nothing is fetched before the layers are attached');
+    }
   }
 
   /**
@@ -59,7 +94,7 @@ export class ImageStarts {
    */
   opened(source: Source, path: LayerPath, mounted: boolean): LayerPath {
     const digest = source.layerDigest ?? '';
-    const layer = { source, path, streamedFor: new Set<string>() };
+    const layer = { source, path };
     this.#open.set(digest, layer);
     if (!mounted && path.blob !== undefined) void this.#stream(source);
     return {
@@ -101,24 +136,32 @@ export class ImageStarts {
 
   /** @returns false when there is no list that can be used. Never rejects */
   async #streamList(source: Source, image: string): Promise<boolean> {
-    const { firstReads, log } = this.#options;
     try {
       const list = await this.#list(source, image);
       // Also what others have attached before: the image is asked for its upper layers only then.
       for (const digest of new Set(list.map(({ layer }) => layer))) {
-        const layer = this.#open.get(digest);
-        const cache = layer?.path.blob?.cache;
-        if (layer === undefined || cache === undefined || layer.streamedFor.has(image)) continue;
-        layer.streamedFor.add(image);
-        if (cache.allCached) continue;
-        const parts = list.flatMap((span, rank) => (span.layer === digest ? [{ ...span, rank }] : []));
-        firstReads.stream(image, cache, parts);
+        const cache = this.#open.get(digest)?.path.blob?.cache;
+        if (cache !== undefined) this.#streamBlob(image, digest, cache, list);
       }
       return list.length > 0;
     } catch (error) {
-      log.warn({ image, reason: String(error) }, 'a prefetch list is not used');
+      this.#options.log.warn({ image, reason: String(error) }, 'a prefetch list is not used');
       return false;
     }
+  }
+
+  #streamBlob(
+    image: string,
+    digest: string,
+    cache: FirstReadsBlob & { readonly allCached: boolean },
+    list: PrefetchList,
+  ): void {
+    const images = this.#streamedFor.get(cache) ?? new Set();
+    if (images.has(image)) return;
+    this.#streamedFor.set(cache, images.add(image));
+    if (cache.allCached) return;
+    const parts = list.flatMap((span, rank) => (span.layer === digest ? [{ ...span, rank }] : []));
+    this.#options.firstReads.stream(image, cache, parts);
   }
 
   #list(source: Source, image: string): Promise<PrefetchList> {

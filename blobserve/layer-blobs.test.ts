@@ -282,6 +282,33 @@ describe('a cache file that was changed by hand', () => {
   });
 });
 
+describe('a blob that is opened ahead', () => {
+  const source = () => ({ imageRef: `${server.host}/team/app:latest`, layerDigest: digest, size: SIZE });
+
+  it('is the one that the layer is attached with: what was fetched of it is not fetched again', async () => {
+    const one = await node(NEVER);
+    const ahead = await one.blobs.openAhead(source());
+    await ahead?.cache.fill(0, 8 * SPAN, 'ahead');
+    expect(await one.blobs.openAhead(source())).toBeUndefined();
+    const path = await one.open();
+    expect(path.blob).toBe(ahead);
+    expect((await bytesOf(path, 0, 8 * SPAN)).equals(image.subarray(0, 8 * SPAN))).toBe(true);
+    expect(path.statistics().fetchedBytes).toBe(8 * SPAN);
+    // Of one that is attached there is nothing to open ahead, and the next who attaches it has his own.
+    expect(await one.blobs.openAhead(source())).toBeUndefined();
+    expect((await one.open()).blob).not.toBe(ahead);
+  });
+
+  it('is not used for another image, and closed when the process ends', async () => {
+    const one = await node(NEVER);
+    const ahead = await one.blobs.openAhead({ ...source(), imageRef: `${server.host}/team/other:latest` });
+    expect((await one.open()).blob).not.toBe(ahead);
+    expect(ahead?.cache.closed).toBe(false);
+    await stop(one);
+    expect(ahead?.cache.closed).toBe(true);
+  });
+});
+
 describe('in strict mode', () => {
   const STRICT = `${NEVER}[integrity]\nverify = "strict"\n`;
 

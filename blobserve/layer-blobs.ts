@@ -43,6 +43,11 @@ export interface LayerBlob {
   readonly log: Logger;
 }
 
+/** Milliseconds after which a blob that was opened ahead is closed when nobody has taken it: the pull was given up. */
+const AHEAD_MS = 60_000;
+/** Blobs that are open ahead at most. */
+const AHEAD_MAX = 64;
+
 /** Milliseconds between two attempts to verify a blob that were in the way of something. */
 const VERIFY_RETRY = 30_000;
 
@@ -57,6 +62,10 @@ export class LayerBlobs {
   readonly #slots = new Map<string, FetchSlots>();
   /** By digest; those that were closed go when somebody looks. */
   readonly #opened = new Map<string, LayerBlob[]>();
+  /** By digest: opened before anybody can use them, until they are taken. */
+  readonly #ahead = new Map<string, { readonly imageRef: string; readonly blob: Promise<LayerBlob> }>();
+  /** Digests of blobs that are being opened to be used. */
+  readonly #taking = new Set<string>();
 
   constructor(options: LayerBlobsOptions) {
     const { cache, fetch, background } = options.configuration;
@@ -91,8 +100,63 @@ export class LayerBlobs {
   }
 
   async close(): Promise<void> {
+    await Promise.all([...this.#ahead.keys()].map((digest) => this.#closeAhead(digest)));
     await this.#downloads.close();
     await this.space.close();
+  }
+
+  /**
+   * Opens a blob whose layer will be attached soon, so that what is fetched of it until then is there: `take` goes on with it.
+   *
+   * @returns undefined when it is open already or about to be, or too many are
+   * @throws {ImageReferenceError | RangeError} the source makes no sense
+   */
+  async openAhead(source: control.LayerSource.$Properties): Promise<LayerBlob | undefined> {
+    const digest = source.layerDigest ?? '';
+    if (this.#ahead.has(digest) || this.#taking.has(digest) || this.opened(digest).length > 0)
+      return undefined;
+    if (this.#ahead.size >= AHEAD_MAX) return undefined;
+    const blob = this.open(source);
+    const ahead = { imageRef: source.imageRef ?? '', blob };
+    this.#ahead.set(digest, ahead);
+    blob.catch(() => {
+      if (this.#ahead.get(digest) === ahead) this.#ahead.delete(digest);
+    });
+    setTimeout(() => {
+      if (this.#ahead.get(digest) === ahead) void this.#closeAhead(digest);
+    }, AHEAD_MS).unref();
+    return blob;
+  }
+
+  async #closeAhead(digest: string): Promise<void> {
+    const ahead = this.#ahead.get(digest);
+    this.#ahead.delete(digest);
+    const blob = await ahead?.blob.catch(() => undefined);
+    await blob?.cache.close();
+  }
+
+  /**
+   * A blob for a layer that is being attached: as it was opened ahead, else opened now. Whoever takes it closes it.
+   *
+   * @throws {ImageReferenceError | RangeError} the source makes no sense
+   */
+  async take(source: control.LayerSource.$Properties): Promise<LayerBlob> {
+    const digest = source.layerDigest ?? '';
+    const ahead = this.#ahead.get(digest);
+    if (ahead?.imageRef === (source.imageRef ?? '')) {
+      this.#ahead.delete(digest);
+      const blob = await ahead.blob.catch(() => undefined);
+      if (blob !== undefined) {
+        blob.range.alsoFrom(referencesOf(source));
+        return blob;
+      }
+    }
+    this.#taking.add(digest);
+    try {
+      return await this.open(source);
+    } finally {
+      this.#taking.delete(digest);
+    }
   }
 
   /** @throws {ImageReferenceError | RangeError} the source makes no sense */

@@ -144,17 +144,16 @@ export class LayerIndexer {
     const files = this.files(request.digest);
     return (
       (await this.#find(request, files)) ??
-      this.#limit(() =>
-        this.#alone(request.digest, files, async () => {
-          // Another process may have made it meanwhile.
-          const found = await this.#find(request, files);
-          if (found !== undefined) return found;
-          const published = await request.published?.(files);
-          if (published === undefined) return this.#make(request, files);
-          await writeIndexRecord(files, published);
-          return published;
-        }),
-      )
+      this.#alone(request.digest, files, async () => {
+        // Another process may have made it meanwhile.
+        const found = await this.#find(request, files);
+        if (found !== undefined) return found;
+        // Of all layers at once: what is published is fetched, and bounded by whoever does that.
+        const published = await request.published?.(files);
+        if (published === undefined) return this.#limit(() => this.#make(request, files));
+        await writeIndexRecord(files, published);
+        return published;
+      })
     );
   }
 

@@ -4,11 +4,13 @@
 import { LRUCache } from 'lru-cache';
 import { z } from 'zod';
 import { control } from '../proto/messages.js';
+import type { ImageManifest, ResolvedImage } from './registry/manifest.js';
 import { classifyLayer, type LayerKind } from './registry/media-type.js';
 import { machinePlatform, parsePlatform } from './registry/platform.js';
 import { formatReference, parseReference, registryHost, type Reference } from './registry/reference.js';
 import type { RegistryClient } from './registry/registry-client.js';
 import { parseJson, RegistryError } from './registry/registry-error.js';
+import { abortable } from './registry/transport.js';
 import { startCommand, type StartCommand } from './start/start-command.js';
 
 const KINDS: Readonly<Record<LayerKind, control.LayerKind>> = {
@@ -20,6 +22,9 @@ const KINDS: Readonly<Record<LayerKind, control.LayerKind>> = {
 
 /** Images kept: the layers of one are asked for one after the other. */
 const IMAGES_MAX = 64;
+/** Manifests that others may want too at the same time, and for how many milliseconds they are kept. */
+const MANIFESTS_MAX = 16;
+const MANIFEST_KEPT_MS = 60_000;
 /** Longest image configuration, in bytes: the limit containerd has for it too. */
 const CONFIGURATION_MAX = 8 * 2 ** 20;
 /** Milliseconds without a question about its next layer after which a pull counts as given up. */
@@ -56,6 +61,11 @@ export class LayerLookup {
   readonly #client: RegistryClient;
   /** By reference with digest; a manifest never changes. Failures are not kept. */
   readonly #images = new LRUCache<string, Promise<Image>>({ max: IMAGES_MAX });
+  /** By reference with digest, as they came. */
+  readonly #manifests = new LRUCache<string, Promise<ResolvedImage>>({
+    max: MANIFESTS_MAX,
+    ttl: MANIFEST_KEPT_MS,
+  });
 
   /** Of pulls under way: which layers will be asked for, by the manifest. */
   readonly #pulls = new Map<string, { readonly above: readonly string[]; readonly at: number }>();
@@ -122,6 +132,24 @@ export class LayerLookup {
     return (await (await this.#image(source, '')).configuration()).start;
   }
 
+  /**
+   * The manifest of a platform: as it came, or comes, for its layers, else fetched.
+   *
+   * @returns undefined when the digest is of an index
+   * @throws {RegistryError}
+   */
+  async manifest(
+    image: Reference & { readonly digest: string },
+    signal: AbortSignal,
+  ): Promise<ImageManifest | undefined> {
+    const known = this.#manifests.get(formatReference(image));
+    // One that failed, or of an index, is asked for again: what went wrong is said of who asked then.
+    const resolved = known && (await abortable(known, signal).catch(() => undefined));
+    if (resolved?.digest === image.digest) return resolved.manifest;
+    const fetched = await this.#client.fetchManifest(image, { signal });
+    return fetched.kind === 'manifest' ? fetched.manifest : undefined;
+  }
+
   async #image(source: Source, platform: string): Promise<Image> {
     const tagged = parseReference(source.imageRef ?? '');
     const manifestDigest = source.manifestDigest ?? '';
@@ -139,7 +167,13 @@ export class LayerLookup {
 
   async #lookUp(reference: Reference, imageRef: string, platform: string): Promise<Image> {
     const wanted = platform === '' ? machinePlatform() : parsePlatform(platform);
-    const { digest, manifest } = await this.#client.resolve(reference, wanted);
+    const resolving = this.#client.resolve(reference, wanted);
+    if (reference.digest !== undefined) {
+      const key = formatReference(reference);
+      this.#manifests.set(key, resolving);
+      resolving.catch(() => this.#manifests.delete(key));
+    }
+    const { digest, manifest } = await resolving;
     const kinds = manifest.layers.map(({ mediaType }) => KINDS[classifyLayer(mediaType)]);
     // What the others unpack to is for the image's configuration to say.
     const classic = kinds.some(

@@ -119,6 +119,7 @@ async function main(): Promise<void> {
   });
   const published = new PublishedIndexes({
     registry: client,
+    manifest: (image, signal) => lookup.manifest(image, signal),
     // What refers to an image is anchored in nothing that the image's digest covers.
     trust:
       configuration.integrity.verify === 'strict' && index.trust === 'referrers' ? 'pinned' : index.trust,
@@ -127,6 +128,7 @@ async function main(): Promise<void> {
     maxBytes: index.max_published,
     maxUncompressedBytes: index.max_uncompressed,
     maxEntries: index.max_entries,
+    workers: index.workers,
     maxSpans: prefetch.max_spans,
     log,
   });
@@ -172,6 +174,7 @@ async function main(): Promise<void> {
     records,
     published,
     lookup,
+    blobs,
     // Whoever mounts by hand starts nothing.
     ...(given === undefined && {
       entrypoints: new EntrypointReads({ configuration, lookup, firstReads, log }),
@@ -209,6 +212,18 @@ async function main(): Promise<void> {
     const from = layers.findIndex(({ layerDigest }) => layerDigest === source.layerDigest);
     const classic = layers.slice(from + 1).filter(({ kind }) => isClassic(kind));
     await Promise.all(classic.map(indexLayer));
+  };
+  /** Describes a layer that is about to be pulled, and begins beside that with what its image will need next. */
+  const describe = async (
+    source: control.LayerSource.$Properties,
+    platform: string,
+  ): Promise<control.DescribeResponse.$Properties> => {
+    const describing = lookup.describe(source, platform);
+    // Behind the request for the manifest, which both want.
+    if (given === undefined) published.expect(source.imageRef ?? '', source.manifestDigest ?? '');
+    const described = await describing;
+    if (given === undefined) void starts.expected(described.source ?? source, index.build);
+    return described;
   };
   const server = new LayerServer({
     backend,
@@ -273,7 +288,7 @@ async function main(): Promise<void> {
     controlImplementation({
       server,
       hosts: () => client.hosts(),
-      describe: (source, platform) => lookup.describe(source, platform),
+      describe,
       prefetches,
       recordings,
       verifications,

@@ -15,7 +15,7 @@ export interface ArtifactIndex extends ArtifactContent {
 
 /**
  * @param image by the digest of the manifest of a platform
- * @param annotations of that manifest
+ * @param annotations of that manifest, which may still be on its way: what refers to it is asked for beside it
  * @param referrers whether an index counts that only refers to the image
  * @returns undefined when there is none
  * @throws {RegistryError | ArtifactError} when the registry cannot be asked, or what it has is not ours
@@ -23,15 +23,17 @@ export interface ArtifactIndex extends ArtifactContent {
 export async function findArtifact(
   registry: IndexRegistry,
   image: Reference & { readonly digest: string },
-  annotations: Readonly<Record<string, string>>,
+  annotations: Promise<Readonly<Record<string, string>>>,
   referrers: boolean,
   signal: AbortSignal,
 ): Promise<ArtifactIndex | undefined> {
-  const named = annotations[INDEX_ANNOTATION];
-  const found =
-    named === undefined && referrers
-      ? (await registry.referrers(image, image.digest, ARTIFACT_TYPE, signal)).at(-1)?.digest
-      : named;
+  const listed = referrers
+    ? registry.referrers(image, image.digest, ARTIFACT_TYPE, signal)
+    : Promise.resolve([]);
+  // What the manifest names counts, whatever the list would have said.
+  listed.catch(() => undefined);
+  const named = (await annotations)[INDEX_ANNOTATION];
+  const found = named ?? (await listed).at(-1)?.digest;
   if (found === undefined) return undefined;
   const { host, repository } = image;
   const fetched = await registry.fetchManifest({ host, repository, digest: found }, { signal });

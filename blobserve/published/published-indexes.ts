@@ -4,6 +4,7 @@
  */
 import { Worker } from 'node:worker_threads';
 import { LRUCache } from 'lru-cache';
+import pLimit, { type LimitFunction } from 'p-limit';
 import type { Logger } from '../../daemon/log.js';
 import { endsOnceStarted } from '../end-thread.js';
 import {
@@ -15,13 +16,13 @@ import {
 import type { EstargzThreadData, EstargzThreadReply } from '../layer/estargz/estargz-thread.js';
 import type { ZtocThreadData, ZtocThreadReply } from '../layer/soci/ztoc-thread.js';
 import type { BlobReader } from '../readers/blob-reader.js';
-import type { Descriptor } from '../registry/manifest.js';
+import type { Descriptor, ImageManifest } from '../registry/manifest.js';
 import { decodeList, longestDocument, type PrefetchList } from '../prefetch-list.js';
 import { formatReference, parseReference, type Reference } from '../registry/reference.js';
 import type { PublishedLayer } from './artifact.js';
-import type { ArtifactImport } from './artifact-import.js';
+import { ArtifactImporter } from './artifact-importer.js';
 import { type ArtifactIndex, findArtifact } from './artifact-indexes.js';
-import type { ArtifactThreadReply } from './artifact-thread.js';
+import { ByteBudget } from './byte-budget.js';
 import { annotatedTocs, readToc } from './estargz-layers.js';
 import type { IndexRegistry } from './index-registry.js';
 import { findSociIndex, type SociIndex } from './soci-indexes.js';
@@ -45,13 +46,17 @@ export interface PublishedIndexRequest {
 
 export interface PublishedIndexesOptions {
   readonly registry: IndexRegistry;
+  /** The manifest of a platform, from whoever may have asked for it already; undefined: it is an index. Default: from `registry`. */
+  readonly manifest?: (image: Image, signal: AbortSignal) => Promise<ImageManifest | undefined>;
   readonly trust: IndexTrust;
   /** Which kinds are used, the first that there is of them. */
   readonly sources: readonly IndexSource[];
   /** Milliseconds that looking for an image's index may take. */
   readonly lookupTimeoutMs: number;
-  /** Longest index of a layer, in bytes: it is held in memory while it is turned into ours. */
+  /** Bytes of indexes, as published, that are held in memory together while they are turned into ours; the longest of a layer too. */
   readonly maxBytes: number;
+  /** Layers whose SOCI or eStargz index is turned into ours at the same time; default 2. */
+  readonly workers?: number;
   /** Most bytes of an uncompressed layer, and most files. */
   readonly maxUncompressedBytes: number;
   readonly maxEntries: number;
@@ -60,7 +65,7 @@ export interface PublishedIndexesOptions {
   readonly log: Logger;
 }
 
-type Image = Reference & { readonly digest: string };
+export type Image = Reference & { readonly digest: string };
 
 /** What was published for an image. */
 interface Published {
@@ -79,9 +84,8 @@ interface Candidate {
   readonly make: () => Promise<LayerIndexRecord | undefined>;
 }
 
-type Message = ArtifactThreadReply | ZtocThreadReply | EstargzThreadReply;
+type Message = ZtocThreadReply | EstargzThreadReply;
 
-const ARTIFACT_THREAD = new URL('./artifact-thread.js', import.meta.url);
 const ESTARGZ_THREAD = new URL('../layer/estargz/estargz-thread.js', import.meta.url);
 const ZTOC_THREAD = new URL('../layer/soci/ztoc-thread.js', import.meta.url);
 
@@ -100,8 +104,40 @@ export class PublishedIndexes {
     ttl: KEPT_MS,
   });
 
+  /** Indexes of ours are fetched all at once, as far as their bytes find room, and made by one thread. */
+  readonly #budget: ByteBudget;
+  readonly #importer = new ArtifactImporter();
+  /** Of the others each layer is a thread of its own. */
+  readonly #limit: LimitFunction;
+
   constructor(options: PublishedIndexesOptions) {
     this.#options = options;
+    this.#budget = new ByteBudget(options.maxBytes);
+    this.#limit = pLimit(options.workers ?? 2);
+  }
+
+  /**
+   * An image is being pulled: what was published for it is looked for before anybody asks. Never throws.
+   *
+   * @param manifestDigest of the platform's manifest
+   */
+  expect(imageRef: string, manifestDigest: string): void {
+    const { trust, sources } = this.#options;
+    if (trust === 'none' || manifestDigest === '') return;
+    try {
+      void this.#find({ ...parseReference(imageRef), digest: manifestDigest });
+    } catch {
+      // Who asks for the index is told that there is no such image.
+      return;
+    }
+    if (sources.includes('erofs-nbd')) this.#importer.expect();
+  }
+
+  /** Digests of the layers that our own or SOCI's index of an image has, as far as it was found. */
+  async covered(imageRef: string, manifestDigest: string): Promise<ReadonlySet<string>> {
+    if (this.#options.trust === 'none' || manifestDigest === '') return new Set();
+    const published = await this.#find({ ...parseReference(imageRef), digest: manifestDigest });
+    return new Set([...(published?.artifact?.layers.keys() ?? []), ...(published?.soci?.ztocs.keys() ?? [])]);
   }
 
   /**
@@ -190,8 +226,8 @@ export class PublishedIndexes {
   async #askArtifact(image: Image): Promise<ArtifactIndex | undefined> {
     const { registry, trust, lookupTimeoutMs } = this.#options;
     const signal = AbortSignal.timeout(lookupTimeoutMs);
-    const fetched = await registry.fetchManifest(image, { signal });
-    const annotations = (fetched.kind === 'manifest' ? fetched.manifest.annotations : undefined) ?? {};
+    const annotations = this.#manifest(image, signal).then((manifest) => manifest?.annotations ?? {});
+    annotations.catch(() => undefined);
     return findArtifact(registry, image, annotations, trust === 'referrers', signal);
   }
 
@@ -210,10 +246,18 @@ export class PublishedIndexes {
       if (kind === 'erofs-nbd' && artifact !== undefined && layer !== undefined) {
         yield { kind, index: artifact, make: () => this.#importArtifact(image, layer, request, files) };
       } else if (kind === 'soci' && soci !== undefined && ztoc !== undefined) {
-        yield { kind, index: soci, make: () => this.#importZtoc(image, ztoc, request, files, openBlob) };
+        yield {
+          kind,
+          index: soci,
+          make: () => this.#limit(() => this.#importZtoc(image, ztoc, request, files, openBlob)),
+        };
       } else if (kind === 'estargz' && (toc !== undefined || this.#options.trust === 'referrers')) {
         const index = { digest: toc, pinned: toc !== undefined };
-        yield { kind, index, make: () => this.#importEstargz(toc, request, files, openBlob) };
+        yield {
+          kind,
+          index,
+          make: () => this.#limit(() => this.#importEstargz(toc, request, files, openBlob)),
+        };
       }
     }
   }
@@ -234,12 +278,11 @@ export class PublishedIndexes {
   async #ask(image: Image): Promise<Published> {
     const { registry, trust, sources, lookupTimeoutMs, log } = this.#options;
     const signal = AbortSignal.timeout(lookupTimeoutMs);
-    const fetched = await registry.fetchManifest(image, { signal });
-    const manifest = fetched.kind === 'manifest' ? fetched.manifest : undefined;
-    const annotations = manifest?.annotations ?? {};
-    const tocs = annotatedTocs(manifest?.layers ?? []);
+    let [failed, lost] = [false, false];
+    const fetching = this.#manifest(image, signal);
+    fetching.catch(() => (lost = true));
+    const annotations = fetching.then((manifest) => manifest?.annotations ?? {});
     const referrers = trust === 'referrers';
-    let failed = false;
     // One kind that cannot be had says nothing of the others.
     const attempt = async <T>(
       kind: IndexSource,
@@ -250,18 +293,28 @@ export class PublishedIndexes {
         return await find();
       } catch (error) {
         failed = true;
+        if (lost) return undefined;
         const about = { image: formatReference(image), kind, reason: String(error) };
         if (signal.aborted) log.debug(about, 'no published index could be looked for');
         else log.warn(about, 'a published index cannot be used');
         return undefined;
       }
     };
-    const [artifact, soci] = await Promise.all([
+    const finding = Promise.all([
       attempt('erofs-nbd', () => findArtifact(registry, image, annotations, referrers, signal)),
       attempt('soci', () => findSociIndex(registry, image, annotations, referrers, signal)),
     ]);
+    const tocs = annotatedTocs((await fetching)?.layers ?? []);
+    const [artifact, soci] = await finding;
     if (failed && artifact === undefined && soci === undefined) this.#keepShortly(image);
     return { artifact, soci, tocs };
+  }
+
+  async #manifest(image: Image, signal: AbortSignal): Promise<ImageManifest | undefined> {
+    const { registry, manifest } = this.#options;
+    if (manifest !== undefined) return manifest(image, signal);
+    const fetched = await registry.fetchManifest(image, { signal });
+    return fetched.kind === 'manifest' ? fetched.manifest : undefined;
   }
 
   /** Has a registry that could not be asked be asked again soon. */
@@ -278,23 +331,23 @@ export class PublishedIndexes {
     files: LayerIndexFiles,
   ): Promise<LayerIndexRecord> {
     const { maxBytes, maxUncompressedBytes } = this.#options;
-    const [tarindex, checkpoints] = await Promise.all([
-      this.#fetch(image, layer.tarindex),
-      this.#fetch(image, layer.checkpoints),
-    ]);
-    const data: ArtifactImport = {
-      files,
-      record: layer.index,
-      tarindex,
-      checkpoints,
-      digest,
-      size,
-      diffId,
-      maxUncompressedBytes,
-      // A tarindex is names and numbers: gzip makes a fifth of it, or less.
-      maxTarindexBytes: 8 * maxBytes,
-    };
-    return runThread(ARTIFACT_THREAD, data);
+    const { tarindex, checkpoints } = layer;
+    for (const blob of [tarindex, checkpoints]) this.#checkSize(blob);
+    return this.#budget.run(tarindex.size + checkpoints.size, async () => {
+      const fetched = await Promise.all([this.#fetch(image, tarindex), this.#fetch(image, checkpoints)]);
+      return this.#importer.run({
+        files,
+        record: layer.index,
+        tarindex: fetched[0],
+        checkpoints: fetched[1],
+        digest,
+        size,
+        diffId,
+        maxUncompressedBytes,
+        // A tarindex is names and numbers: gzip makes a fifth of it, or less.
+        maxTarindexBytes: 8 * maxBytes,
+      });
+    });
   }
 
   async #importZtoc(
@@ -341,19 +394,22 @@ export class PublishedIndexes {
     return runThread(ESTARGZ_THREAD, data);
   }
 
+  #checkSize({ digest, size }: { readonly digest: string; readonly size: number }): void {
+    const { maxBytes } = this.#options;
+    if (size > maxBytes)
+      throw new Error(`${digest} has ${size} bytes; index.max_published allows ${maxBytes}`);
+  }
+
   #fetch(image: Image, blob: { readonly digest: string; readonly size: number }): Promise<Buffer> {
-    const { registry, maxBytes } = this.#options;
-    if (blob.size > maxBytes) {
-      throw new Error(`${blob.digest} has ${blob.size} bytes; index.max_published allows ${maxBytes}`);
-    }
-    return registry.fetchBlob(image, blob.digest, maxBytes);
+    this.#checkSize(blob);
+    return this.#options.registry.fetchBlob(image, blob.digest, blob.size);
   }
 }
 
 /** Runs one of the threads that make an index, and gives it what it asks for of the layer. */
 async function runThread(
   program: URL,
-  workerData: ArtifactImport | ZtocThreadData | EstargzThreadData,
+  workerData: ZtocThreadData | EstargzThreadData,
   read?: (range: { readonly start: number; readonly end: number }) => Promise<Buffer>,
 ): Promise<LayerIndexRecord> {
   const worker = new Worker(program, { workerData });

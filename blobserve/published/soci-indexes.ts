@@ -24,7 +24,7 @@ export interface SociIndex {
 
 /**
  * @param image by the digest of the manifest of a platform
- * @param annotations of that manifest
+ * @param annotations of that manifest, which may still be on its way: what refers to it is asked for beside it
  * @param referrers whether an index counts that only refers to the image
  * @returns undefined when there is none
  * @throws {RegistryError} when the registry cannot be asked
@@ -32,14 +32,18 @@ export interface SociIndex {
 export async function findSociIndex(
   registry: IndexRegistry,
   image: Reference & { readonly digest: string },
-  annotations: Readonly<Record<string, string>>,
+  annotations: Promise<Readonly<Record<string, string>>>,
   referrers: boolean,
   signal: AbortSignal,
 ): Promise<SociIndex | undefined> {
-  const named = annotations[INDEX_ANNOTATION];
+  const listed = referrers
+    ? registry.referrers(image, image.digest, SOCI_INDEX_V1, signal)
+    : Promise.resolve([]);
+  // What the manifest names counts, whatever the list would have said.
+  listed.catch(() => undefined);
+  const named = (await annotations)[INDEX_ANNOTATION];
   if (named !== undefined) return open(registry, image, { digest: named }, true, signal);
-  if (!referrers) return undefined;
-  const newest = (await registry.referrers(image, image.digest, SOCI_INDEX_V1, signal)).at(-1);
+  const newest = (await listed).at(-1);
   return newest === undefined ? undefined : open(registry, image, newest, false, signal);
 }
 

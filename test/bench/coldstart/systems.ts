@@ -3,6 +3,7 @@
  * pulls. Every setting that is not a default is in `settings`.
  */
 import path from 'node:path';
+import { setTimeout as delay } from 'node:timers/promises';
 import { execa } from 'execa';
 import { ctrRemoteProgram, sociProgram } from '../../debian/packages.js';
 import { erofsUtilsProgram, fetchErofsUtils } from '../../erofs-utils.js';
@@ -59,6 +60,8 @@ function ours({ name, content, configuration }: OurChoices): ColdSystem {
         logLevel: 'info',
       });
       const containerd = await stack.startContainerd({ snapshotters: [snapshotter.plugin] });
+      // Its socket answers before its data plane has started.
+      while ((await snapshotter.hello()) === undefined) await delay(20);
       return {
         ...{ containerd, snapshotter: 'erofs-nbd', pull: ctrPull(containerd, 'erofs-nbd') },
         daemons: async () => ({
