@@ -5,20 +5,15 @@
 import { mkdir, readFile, rm, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import process from 'node:process';
-import { gunzipSync, gzipSync } from 'node:zlib';
+import { gunzipSync } from 'node:zlib';
 import { execa } from 'execa';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { estargz, type TocEntry } from '../hand-made-estargz.js';
-import {
-  composeImage,
-  type ComposedLayer,
-  digestOf,
-  layerOfBytes,
-  layersOf,
-} from '../image/composed-image.js';
-import { blobPath, type Blob } from '../image/layer-blob.js';
+import { composeImage, digestOf, layerOfBytes } from '../image/composed-image.js';
+import type { Blob } from '../image/layer-blob.js';
 import { layerBytes } from '../image/oci-layout.js';
-import { buildTinyImage, noise, ODD_NAMES, TINY_CONFIGURATION, TINY_GREETING } from '../image/tiny-image.js';
+import { buildTinyImage, noise, TINY_CONFIGURATION, TINY_GREETING } from '../image/tiny-image.js';
+import { withoutNamesOfBytes } from '../image/utf8-names.js';
 import { patience } from '../patience.js';
 import type { Containerd } from '../stack/containerd.js';
 import { convertToEstargz, layersInRegistry } from '../stack/ctr-remote.js';
@@ -47,20 +42,6 @@ const check = (name: string, body: () => Promise<void>): void =>
     await body();
   });
 
-/** A table of contents is JSON: it cannot say names that are no UTF-8, so the tiny image goes without them. */
-async function layersWithoutBytes(scratch: string): Promise<ComposedLayer[]> {
-  const tiny = await buildTinyImage({ format: 'tar+gzip' });
-  const notUtf8 = ODD_NAMES.filter((name) => !Buffer.from(name.toString()).equals(name));
-  const [base, ...others] = layersOf(tiny);
-  const file = path.join(scratch, 'base.tar');
-  const list = path.join(scratch, 'not-utf8');
-  await writeFile(file, gunzipSync(await readFile(blobPath(tiny.layout, base?.blob.digest ?? ''))));
-  await writeFile(list, Buffer.concat(notUtf8.map((name) => Buffer.concat([Buffer.from('./odd/'), name]))));
-  await execa('tar', ['--delete', '-f', file, '-T', list]);
-  const tar = await readFile(file);
-  return [layerOfBytes(gzipSync(tar), digestOf(tar)), ...others];
-}
-
 describe('an image of eStargz layers', () => {
   let publisher: Stack;
   let node: Stack;
@@ -76,7 +57,7 @@ describe('an image of eStargz layers', () => {
     registry = await publisher.startRegistry();
     const image = await composeImage(
       publisher.directory,
-      await layersWithoutBytes(publisher.directory),
+      await withoutNamesOfBytes(await buildTinyImage({ format: 'tar+gzip' }), publisher.directory),
       TINY_CONFIGURATION,
     );
     const plain = await registry.push(image, 'tiny:plain');

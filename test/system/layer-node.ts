@@ -24,6 +24,9 @@ export interface PushedImage extends Image {
   readonly reference: string;
 }
 
+/** What a client knows of an image whose layers it asks for. */
+export type WantedImage = Pick<PushedImage, 'layers' | 'diffIds' | 'manifest' | 'reference'>;
+
 /** A layer that is a device of the kernel, and mounted. */
 export interface ServedLayer {
   readonly digest: string;
@@ -43,16 +46,20 @@ export class LayerNode {
 
   private constructor(readonly stack: Stack) {}
 
-  /** @param prepare puts things below the root before anybody looks there */
+  /**
+   * @param prepare puts things below the root before anybody looks there
+   * @param registry of another; default: one of its own
+   */
   static async start(
     configuration: string,
     prepare: (root: string) => Promise<void> = () => Promise.resolve(),
+    registry?: Registry,
   ): Promise<LayerNode> {
     const node = new LayerNode(await Stack.create());
     const { root } = node.stack.plugin();
     await mkdir(root, { recursive: true });
     await prepare(root);
-    node.registry = await node.stack.startRegistry();
+    node.registry = registry ?? (await node.stack.startRegistry());
     node.snapshotter = await node.stack.startSnapshotter({ configuration });
     node.client = new SnapshotsClient(node.snapshotter.plugin.address);
     return node;
@@ -83,7 +90,7 @@ export class LayerNode {
   }
 
   /** Asks for the image's layers, from the lowest up. @throws when one is not answered with "already exists" */
-  async serve(image: PushedImage): Promise<ServedLayer[]> {
+  async serve(image: WantedImage): Promise<ServedLayer[]> {
     const served: ServedLayer[] = [];
     let [below, chainId] = ['', ''];
     for (const [number, { digest }] of image.layers.entries()) {

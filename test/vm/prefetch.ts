@@ -4,7 +4,7 @@
  */
 import { buildGoPrograms } from '../conformance/go-programs.js';
 import { mountErofs } from '../debian/mount-erofs.js';
-import { containerdFrom, program } from '../debian/packages.js';
+import { containerdFrom, ctrRemoteProgram, program, sociProgram } from '../debian/packages.js';
 import { fetchErofsUtils } from '../erofs-utils.js';
 import { buildDebianImage } from '../image/debian-image.js';
 import { buildTinyImage } from '../image/tiny-image.js';
@@ -19,6 +19,9 @@ for (const format of ['erofs', 'erofs-lz4hc', 'tar', 'tar+gzip'] as const) await
 if (process.env['EROFS_NBD_VM_CONFORMANCE'] === 'yes') await buildGoPrograms();
 // What the crash test has a container read.
 if (process.env['EROFS_NBD_VM_CRASH'] === 'yes') await buildDebianImage({ format: 'erofs' });
+// What makes the indexes of test/system/index-sources.test.ts.
+await sociProgram();
+await ctrRemoteProgram();
 fetchErofsUtils();
 await mountErofs();
 for (const name of chosenLayers(process.env['TREES'] ?? 'small')) {
