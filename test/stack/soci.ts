@@ -38,10 +38,12 @@ export class Soci {
   async #run(...parameters: string[]): Promise<void> {
     const { address, namespace } = this.containerd;
     const script = [
-      'mount -t tmpfs none /run && mkdir /run/containerd',
-      'ln -s "$1" /run/containerd/containerd.sock',
-      'mount -t tmpfs none /var/lib && mkdir /var/lib/soci-snapshotter-grpc',
+      'mount -t tmpfs none /var/lib && mkdir /var/lib/soci-snapshotter-grpc /var/lib/containerd',
       'mount --bind "$2" /var/lib/soci-snapshotter-grpc',
+      // What is below /run is seen no more afterwards, and the socket may be there.
+      'mount --bind "$(dirname "$1")" /var/lib/containerd',
+      'mount -t tmpfs none /run && mkdir /run/containerd',
+      'ln -s "/var/lib/containerd/$(basename "$1")" /run/containerd/containerd.sock',
       'exec "$0" --namespace "$3" "${@:4}"',
     ].join(' && ');
     await execa('unshare', [
