@@ -30,7 +30,10 @@ import { LayerNode, type WantedImage } from './layer-node.js';
 import { backendOf, expectedBackend, missingForSystemTests } from './requirements.js';
 
 const missing = await missingForSystemTests();
-/** What is compared came by spans that the index names, and nothing else is done meanwhile. */
+/**
+ * What is compared came by spans that the index names, and nothing else is done meanwhile. A lookup may take as long as a
+ * machine needs that emulates every instruction.
+ */
 const CONFIGURATION = `version = 1
 [fetch]
 readahead = "0B"
@@ -39,6 +42,7 @@ span_size = "16KiB"
 materialise = false
 [index]
 span_size = "64KiB"
+lookup_timeout = "60s"
 [background]
 download = false
 `;
