@@ -51,14 +51,16 @@ if [ -n "$RUNTIME" ]; then
   sed -i '1s|^#!/usr/bin/env node$|#!/usr/lib/erofs-nbd/runtime/node|' "$LIBRARY"/dist/{cli,snapshotter,blobserve}/main.js
 fi
 chmod +x "$LIBRARY"/dist/{cli,snapshotter}/main.js
-chmod -R u=rwX,go=rX "$LIBRARY"
-
-for program in cli snapshotter blobserve; do
-  "$NODE" "$LIBRARY/dist/$program/main.js" --help >/dev/null || {
-    echo "library: dist/$program/main.js does not start from what was put together" >&2
+for program in cli/main.js snapshotter/main.js blobserve/main.js programs/blobserve.cjs; do
+  "$NODE" "$LIBRARY/dist/$program" --help >/dev/null || {
+    echo "library: dist/$program does not start from what was put together" >&2
     exit 1
   }
 done
+# With a Node.js of its own it is known which one will run it; otherwise whoever installs it compiles it.
+[ -z "$RUNTIME" ] || "$NODE" "$LIBRARY/dist/daemon/write-code-cache.js"
+chmod -R u=rwX,go=rX "$LIBRARY"
+
 # Their --help needs neither.
 (cd "$LIBRARY" && "$NODE" --input-type=module -e '
   const { default: Database } = await import("better-sqlite3");

@@ -5,9 +5,9 @@
  * whether one is answering on the control socket. What it serves is told to it by whoever listens to `onStarted`.
  */
 import { spawn, type ChildProcess } from 'node:child_process';
-import { fileURLToPath } from 'node:url';
 import { setTimeout as sleep } from 'node:timers/promises';
 import * as grpc from '@grpc/grpc-js';
+import { dataPlaneCommand } from '../daemon/data-plane-program.js';
 import { faultPoint } from '../daemon/fault-point.js';
 import type { Logger } from '../daemon/log.js';
 import { VERSION } from '../daemon/version.js';
@@ -27,14 +27,6 @@ import {
   writeIdentity,
 } from './process-identity.js';
 import { SilenceWatch } from './silence-watch.js';
-
-const PROGRAM = fileURLToPath(new URL('../blobserve/main.js', import.meta.url));
-
-/**
- * The bytes that are served lie outside V8's heap, and the objects about them die young: V8's own 3 x 16 MB for young
- * objects are 25 MB resident that bring nothing. In MB.
- */
-const YOUNG_HEAP = '--max-semi-space-size=4';
 
 /** Milliseconds between two looks at an adopted process whose end the kernel does not report. */
 const WATCH_INTERVAL = 250;
@@ -343,9 +335,7 @@ export class BlobServeProcess {
     const child = spawn(
       process.execPath,
       [
-        '--enable-source-maps',
-        YOUNG_HEAP,
-        PROGRAM,
+        ...dataPlaneCommand(),
         ...args,
         '--attach',
         backend,

@@ -217,7 +217,7 @@ describe('the data plane', () => {
     expect(await dataOf(await attach(layer))).toBe(true);
     expect(await servingPid()).not.toBe(before);
     const { processes } = await leftovers(stack.directory);
-    expect(processes.filter((command) => command.includes('blobserve/main.js'))).toHaveLength(1);
+    expect(processes.filter((command) => command.includes('programs/blobserve.cjs'))).toHaveLength(1);
   });
 
   test('that hangs under a running snapshotter is replaced by it', async () => {
