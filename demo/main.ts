@@ -19,8 +19,9 @@ const USAGE = `usage: npm run demo [-- OPTIONS]
                  cache, and a lazy start with the index alone
   --tar          the same with tar layers
   --fresh-node   tar.gz layers on a node that has never seen them, with an index that another machine has published
-  --with KIND    with --fresh-node, what was published: "erofs-nbd", the default; "soci", by SOCI's own program; "estargz",
-                 no index, but the image converted to eStargz by stargz-snapshotter's own program
+  --with KIND    with --fresh-node, what was published: "erofs-nbd", the default; "soci", by SOCI's own program; "soci-v2",
+                 the same in the form that soci convert gives it; "estargz", no index, but the image converted to eStargz by
+                 stargz-snapshotter's own program
   --native       native EROFS layers, compressed with lz4hc: one cold start
   --uncompressed with --native: not compressed
   --overlayfs    containerd's own snapshotter and tar.gz layers, to compare with

@@ -1,5 +1,6 @@
 /** SOCI's own program, which knows one place for its files and one for containerd's socket: in a mount namespace they are ours. */
-import { mkdir } from 'node:fs/promises';
+import { mkdir, readdir, readFile } from 'node:fs/promises';
+import path from 'node:path';
 import { execa } from 'execa';
 import { sociProgram } from '../debian/packages.js';
 import type { Containerd } from './containerd.js';
@@ -33,6 +34,18 @@ export class Soci {
 
   async push(reference: string): Promise<void> {
     await this.#run('push', '--plain-http', reference);
+  }
+
+  /** @returns the manifests of all indexes that it has made, in no order */
+  async indexes(): Promise<Buffer[]> {
+    const store = path.join(this.directory, 'content', 'blobs', 'sha256');
+    const names = await readdir(store).catch((error: NodeJS.ErrnoException): string[] => {
+      if (error.code === 'ENOENT') return [];
+      throw error;
+    });
+    const blobs = await Promise.all(names.map((name) => readFile(path.join(store, name))));
+    // Beside them are the layers' tables, which are no JSON.
+    return blobs.filter((blob) => blob[0] === 0x7b && blob.includes('"com.amazon.soci.image-layer-digest"'));
   }
 
   async #run(...parameters: string[]): Promise<void> {
