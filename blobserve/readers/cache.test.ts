@@ -360,45 +360,6 @@ describe('a cache with hints', () => {
   });
 });
 
-describe('a cache that fetches more than a span at least', () => {
-  const rounding = { minRangeBytes: 4 * SPAN, maxRangeBytes: 4 * SPAN };
-
-  it('has what lies around a read come along, up to multiples of that, and of it what is missing', async () => {
-    const next = new ScriptedReader(18 * SPAN, 'at once');
-    const reader = await open(next, rounding);
-    await expectRead(reader, 6 * SPAN + 5, 10);
-    expect(next.asked).toEqual([[4 * SPAN, 4 * SPAN]]);
-    // Across a border: no more than one request may have. At the end: what there is.
-    await expectRead(reader, 11 * SPAN + 5, 2 * SPAN - 10);
-    await expectRead(reader, 17 * SPAN, 1);
-    expect(next.asked.slice(1)).toEqual([
-      [11 * SPAN, 4 * SPAN],
-      [16 * SPAN, 2 * SPAN],
-    ]);
-    await expectRead(reader, 9 * SPAN, 1);
-    expect(next.asked.slice(3)).toEqual([[8 * SPAN, 3 * SPAN]]);
-  });
-
-  it('fetches what is wanted and no more, and nothing behind it, while it is known what will be read', async () => {
-    const next = new ScriptedReader(16 * SPAN, 'at once');
-    const reader = await open(next, rounding);
-    reader.guide(true);
-    reader.willNeed(8 * SPAN, 4 * SPAN);
-    await expectRead(reader, 6 * SPAN + 5, 10);
-    await reader.settled();
-    expect(next.asked).toEqual([[6 * SPAN, SPAN]]);
-    reader.guide(false);
-    await expectRead(reader, 4 * SPAN, 10);
-    reader.willNeed(8 * SPAN, 4 * SPAN);
-    await expect
-      .poll(() => next.asked.slice(1))
-      .toEqual([
-        [4 * SPAN, 2 * SPAN],
-        [8 * SPAN, 4 * SPAN],
-      ]);
-  });
-});
-
 describe('a cache that is filled ahead of its readers', () => {
   it('shares what is on its way with who reads it, lets others go first, and knows what was of use', async () => {
     const next = new ScriptedReader(64 * SPAN);

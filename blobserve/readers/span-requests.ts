@@ -28,8 +28,6 @@ export interface SpanRequestsOptions {
   slots: FetchSlots | undefined;
   /** Bytes. */
   spanSize: number;
-  /** Bytes that are asked for at least, from a multiple of it on, for what somebody waits for. */
-  minRangeBytes: number;
   /** Bytes of one request at most; at least one span is asked for. */
   maxRangeBytes: number;
   /** Requests under way for hints. */
@@ -108,9 +106,6 @@ export class SpanRequests {
   readonly #store: SpanStore;
   readonly #spanSize: number;
   readonly #rangeSpans: number;
-  readonly #leastSpans: number;
-  /** How many know what will be read. */
-  #guides = 0;
   readonly #buffers: BufferPool;
 
   readonly #pending = new Map<number, PendingSpan>();
@@ -131,7 +126,7 @@ export class SpanRequests {
 
   /** @throws {RangeError} when a span does not fit in a buffer */
   constructor(options: SpanRequestsOptions) {
-    const { next, store, spanSize, buffers, minRangeBytes, maxRangeBytes, uncachedBytes } = options;
+    const { next, store, spanSize, buffers, maxRangeBytes, uncachedBytes } = options;
     if (spanSize > buffers.maxBufferBytes) {
       throw new RangeError(
         `span of ${spanSize} bytes: ${buffers.maxBytes} bytes of memory give buffers of ${buffers.maxBufferBytes} at most`,
@@ -146,7 +141,6 @@ export class SpanRequests {
     this.#store = store;
     this.#spanSize = spanSize;
     this.#rangeSpans = Math.max(1, Math.floor(Math.min(maxRangeBytes, buffers.maxBufferBytes) / spanSize));
-    this.#leastSpans = Math.min(this.#rangeSpans, Math.max(1, Math.floor(minRangeBytes / spanSize)));
     this.#buffers = buffers;
     this.#uncached = new LRUCache({
       maxSize: Math.max(spanSize, uncachedBytes),
@@ -183,7 +177,7 @@ export class SpanRequests {
   /** Fetches spans [first, end) when there is time, the newest hint first. */
   hint(first: number, end: number): void {
     // What can not be kept would push out of memory what was wanted.
-    if (this.#store.suspended || this.#guides > 0) return;
+    if (this.#store.suspended) return;
     while (first < end && !this.#lacks(first)) first++;
     if (first >= end) return;
     const last = this.#hints.at(-1);
@@ -205,12 +199,6 @@ export class SpanRequests {
       this.#fills[urgency].queue.push({ first, end, fetched: 0, underWay: 0, resolve, reject });
       this.start();
     });
-  }
-
-  /** Somebody knows what will be read and fetches it, or does so no more. */
-  guide(known: boolean): void {
-    this.#guides += known ? 1 : -1;
-    if (known) this.#hints.length = 0;
   }
 
   /** Somebody reads spans [first, end): those that were fetched ahead have been of use. */
@@ -311,12 +299,11 @@ export class SpanRequests {
     }
     for (let range = this.#wanted[0]; range !== undefined; range = this.#wanted[0]) {
       if (!this.#connect('wanted')) return;
-      const asked = { ...range };
-      this.#round(range);
+      const asked = range.end;
       this.#extend(range);
       let buffer = this.#buffers.take(this.#rangeLength(range), 'wanted');
-      if (buffer === undefined && range.end - range.first > asked.end - asked.first) {
-        Object.assign(range, asked);
+      if (buffer === undefined && range.end > asked) {
+        range.end = asked;
         buffer = this.#buffers.take(this.#rangeLength(range), 'wanted');
       }
       if (buffer === undefined) {
@@ -325,29 +312,13 @@ export class SpanRequests {
         return;
       }
       this.#wanted.shift();
-      for (let span = range.first; span < range.end; span++) {
-        if (span < asked.first || span >= asked.end) this.#pending.set(span, newPending());
-      }
+      for (let span = asked; span < range.end; span++) this.#pending.set(span, newPending());
       this.#track(this.#fetch(range, buffer, 'wanted'));
     }
     while (this.#backgroundUnderWay < this.#options.maxBackgroundRequests && this.#startHint());
     this.#startFills('ahead');
     this.#startFills('background');
   };
-
-  /** Takes what is missing around a range along, up to multiples of the least that is asked for: neighbours are read together. */
-  #round(range: SpanRange): void {
-    if (this.#guides > 0) return;
-    const least = this.#leastSpans;
-    const first = Math.floor(range.first / least) * least;
-    const end = Math.min(Math.ceil(range.end / least) * least, this.#store.spanCount);
-    while (range.end < end && range.end - range.first < this.#rangeSpans && this.#fetchable(range.end))
-      range.end++;
-    while (range.first > first && range.end - range.first < this.#rangeSpans) {
-      if (!this.#fetchable(range.first - 1)) break;
-      range.first--;
-    }
-  }
 
   /** Takes readahead that begins where the range ends along with it: its bytes come behind those that are waited for. */
   #extend(range: SpanRange): void {
