@@ -44,6 +44,8 @@ const { outputFiles } = await build({
   charset: 'ascii',
   legalComments: 'eof',
   banner: { js: 'const bundlePlace=require("node:url").pathToFileURL(__filename);' },
+  // Code from V8's cache has nobody who would import for it: optional packages are required.
+  supported: { 'dynamic-import': false },
   plugins: [keepPlaces],
   logLevel: 'warning',
   write: false,
