@@ -32,6 +32,9 @@ const missing = await missingForSystemTests();
 const CONFIGURATION = `version = 1
 [background]
 delay = "0s"
+# What is opened ahead may be found out to be a lie before it is mounted.
+[prefetch]
+use = false
 `;
 const [SAFE, EVIL] = ['safe program  ', 'evil program  '];
 /** Each kilobyte twice: whatever place inflation starts at, what is there refers to what is before it. */
