@@ -143,16 +143,16 @@ export class LayerBlobs {
   async take(source: control.LayerSource.$Properties): Promise<LayerBlob> {
     const digest = source.layerDigest ?? '';
     const ahead = this.#ahead.get(digest);
-    if (ahead?.imageRef === (source.imageRef ?? '')) {
-      this.#ahead.delete(digest);
-      const blob = await ahead.blob.catch(() => undefined);
-      if (blob !== undefined) {
-        blob.range.alsoFrom(referencesOf(source));
-        return blob;
-      }
-    }
     this.#taking.add(digest);
     try {
+      if (ahead?.imageRef === (source.imageRef ?? '')) {
+        this.#ahead.delete(digest);
+        const blob = await ahead.blob.catch(() => undefined);
+        if (blob !== undefined) {
+          blob.range.alsoFrom(referencesOf(source));
+          return blob;
+        }
+      }
       return await this.open(source);
     } finally {
       this.#taking.delete(digest);

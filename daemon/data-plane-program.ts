@@ -11,13 +11,11 @@ import { fileURLToPath } from 'node:url';
 const YOUNG_HEAP = '--max-semi-space-size=4';
 
 /** All modules in one file, started by `start-bundle.cts`; `npm run build` makes it. */
-export const DATA_PLANE_BUNDLE = fileURLToPath(new URL('../programs/blobserve.cjs', import.meta.url));
+const BUNDLE = fileURLToPath(new URL('../programs/blobserve.cjs', import.meta.url));
 const MODULES = fileURLToPath(new URL('../blobserve/main.js', import.meta.url));
 
 /** @returns arguments of Node.js that start the data plane; its own follow */
 export function dataPlaneCommand(): readonly string[] {
   // What tsc alone has compiled runs too.
-  return existsSync(DATA_PLANE_BUNDLE)
-    ? [YOUNG_HEAP, DATA_PLANE_BUNDLE]
-    : ['--enable-source-maps', YOUNG_HEAP, MODULES];
+  return existsSync(BUNDLE) ? [YOUNG_HEAP, BUNDLE] : ['--enable-source-maps', YOUNG_HEAP, MODULES];
 }

@@ -1,5 +1,5 @@
 /**
- * Starts a program from one file that holds all of its modules, with the machine code that V8 made of it an earlier time: a data plane
+ * Starts a program from one file that holds all of its modules, with the bytecode that V8 made of it an earlier time: a data plane
  * that died is back in a third of the time that its three hundred modules take one by one, and readers wait for that.
  *
  * The code lies beside the bundle, in a file that names the bundle's content (`<bundle>.v8`), since V8 compares no more than the
@@ -44,8 +44,6 @@ function startBundle(bundle: string): void {
     {
       filename: bundle,
       ...(code === undefined ? {} : { cachedData: code }),
-      // Optional packages are imported when the configuration asks for them.
-      importModuleDynamically: vm.constants.USE_MAIN_CONTEXT_DEFAULT_LOADER,
     },
   );
   if (isWriting) {

@@ -1,4 +1,3 @@
-#!/usr/bin/env node
 /**
  * Compiles the data plane for the Node.js that runs this, beside its program: once for each installation and each Node.js. Without it, or
  * with another Node.js, the data plane starts a little slower.

@@ -4,6 +4,7 @@
  */
 import path from 'node:path';
 import { execa } from 'execa';
+import { parseReference } from '../blobserve/registry/reference.js';
 import { checkout } from '../test/debian/packages.js';
 import { layerBytes, type Image } from '../test/image/oci-layout.js';
 import { convertToEstargz, layersInRegistry } from '../test/stack/ctr-remote.js';
@@ -82,9 +83,7 @@ async function nameIndex(
   [index, ...others]: readonly Buffer[],
 ): Promise<PublishedImage> {
   return step('version 2 of its index', async () => {
-    const [, registry, repository, tag] = /^([^/]+)\/(.+):([^:/]+)$/.exec(reference) ?? [];
-    if (registry === undefined || repository === undefined || tag === undefined)
-      throw new Error(`${reference}: no registry, repository and tag`);
+    const { host: registry, repository, tag = 'latest' } = parseReference(reference);
     if (index === undefined || others.length > 0)
       throw new Error(`${reference}: soci create has made ${index ? others.length + 1 : 0} indexes, not one`);
     await convertToSociV2(registry, repository, tag, index, 'soci-v2');

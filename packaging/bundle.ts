@@ -35,8 +35,8 @@ const { outputFiles } = await build({
   platform: 'node',
   format: 'cjs',
   target: 'node20.18',
-  // Native ones, and those that are loaded only where the configuration asks for them.
-  external: ['koffi', 'better-sqlite3', 'pino-pretty', '@opentelemetry/*'],
+  // The native one, and those that are loaded only where the configuration asks for them.
+  external: ['koffi', 'pino-pretty', '@opentelemetry/*'],
   // Names stay, and lines stay short enough to say something in a stack trace.
   minifyWhitespace: true,
   minifySyntax: true,
@@ -44,7 +44,7 @@ const { outputFiles } = await build({
   charset: 'ascii',
   legalComments: 'eof',
   banner: { js: 'const bundlePlace=require("node:url").pathToFileURL(__filename);' },
-  // Code from V8's cache has nobody who would import for it: optional packages are required.
+  // A script of `node:vm` has nobody who would import for it: optional packages are required.
   supported: { 'dynamic-import': false },
   plugins: [keepPlaces],
   logLevel: 'warning',

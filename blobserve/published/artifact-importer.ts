@@ -1,6 +1,6 @@
 /**
  * Has indexes made from our own artifacts by a thread. Starting one takes longer than most indexes do, and the layers of an image
- * come all at once: so it is started when an artifact is looked for, makes one index after the other, and ends when there has been
+ * come all at once: so it is started when an artifact was found, makes one index after the other, and ends when there has been
  * none to make for a while.
  */
 import { Worker } from 'node:worker_threads';

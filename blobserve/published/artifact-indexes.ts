@@ -1,7 +1,7 @@
 /** Finds our own index of an image in its registry: named by the image's manifest, or referring to it. */
 import type { Reference } from '../registry/reference.js';
 import { ARTIFACT_TYPE, type ArtifactContent, ArtifactError, CONFIG_MAX, decodeConfig } from './artifact.js';
-import type { IndexRegistry } from './index-registry.js';
+import { findIndex, type IndexRegistry } from './index-registry.js';
 
 /** In the annotations of an image's manifest: the digest of its index. */
 export const INDEX_ANNOTATION = 'io.erofs-nbd.index-digest';
@@ -27,17 +27,12 @@ export async function findArtifact(
   referrers: boolean,
   signal: AbortSignal,
 ): Promise<ArtifactIndex | undefined> {
-  const listed = referrers
-    ? registry.referrers(image, image.digest, ARTIFACT_TYPE, signal)
-    : Promise.resolve([]);
-  // What the manifest names counts, whatever the list would have said.
-  listed.catch(() => undefined);
-  const named = (await annotations)[INDEX_ANNOTATION];
-  const found = named ?? (await listed).at(-1)?.digest;
+  const kind = { annotation: INDEX_ANNOTATION, artifactType: ARTIFACT_TYPE };
+  const found = await findIndex(registry, image, kind, annotations, referrers, signal);
   if (found === undefined) return undefined;
   const { host, repository } = image;
-  const fetched = await registry.fetchManifest({ host, repository, digest: found }, { signal });
-  if (fetched.kind !== 'manifest') throw new ArtifactError(`${found} is an index of manifests`);
+  const fetched = await registry.fetchManifest({ host, repository, digest: found.digest }, { signal });
+  if (fetched.kind !== 'manifest') throw new ArtifactError(`${found.digest} is an index of manifests`);
   const config = await registry.fetchBlob(image, fetched.manifest.config.digest, CONFIG_MAX, signal);
-  return { digest: fetched.digest, pinned: named !== undefined, ...decodeConfig(config) };
+  return { digest: fetched.digest, pinned: found.pinned, ...decodeConfig(config) };
 }

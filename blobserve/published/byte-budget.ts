@@ -1,4 +1,8 @@
-/** Bounds the bytes that pieces of work hold in memory together: those that find no room wait for their turn, in order. */
+/**
+ * Bounds the bytes that pieces of work hold in memory together: those that find no room wait for their turn, in order.
+ *
+ * Not async-mutex's Semaphore: each release of it counts down through all values that are free, 67 million for 64 MiB.
+ */
 export class ByteBudget {
   readonly #most: number;
   #used = 0;

@@ -125,12 +125,13 @@ export class PublishedIndexes {
     const { trust, sources } = this.#options;
     if (trust === 'none' || manifestDigest === '') return;
     try {
-      void this.#find({ ...parseReference(imageRef), digest: manifestDigest });
+      void this.#find({ ...parseReference(imageRef), digest: manifestDigest }).then((published) => {
+        // Most images have none, and native ones need none: for those no thread is started.
+        if (published?.artifact !== undefined && sources.includes('erofs-nbd')) this.#importer.expect();
+      });
     } catch {
       // Who asks for the index is told that there is no such image.
-      return;
     }
-    if (sources.includes('erofs-nbd')) this.#importer.expect();
   }
 
   /** Digests of the layers that our own or SOCI's index of an image has, as far as it was found. */

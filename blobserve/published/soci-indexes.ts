@@ -6,7 +6,7 @@
  */
 import type { Descriptor } from '../registry/manifest.js';
 import type { Reference } from '../registry/reference.js';
-import type { IndexRegistry } from './index-registry.js';
+import { findIndex, type IndexRegistry } from './index-registry.js';
 
 const INDEX_ANNOTATION = 'com.amazon.soci.index-digest';
 const LAYER_ANNOTATION = 'com.amazon.soci.image-layer-digest';
@@ -36,27 +36,12 @@ export async function findSociIndex(
   referrers: boolean,
   signal: AbortSignal,
 ): Promise<SociIndex | undefined> {
-  const listed = referrers
-    ? registry.referrers(image, image.digest, SOCI_INDEX_V1, signal)
-    : Promise.resolve([]);
-  // What the manifest names counts, whatever the list would have said.
-  listed.catch(() => undefined);
-  const named = (await annotations)[INDEX_ANNOTATION];
-  if (named !== undefined) return open(registry, image, { digest: named }, true, signal);
-  const newest = (await listed).at(-1);
-  return newest === undefined ? undefined : open(registry, image, newest, false, signal);
-}
-
-async function open(
-  registry: IndexRegistry,
-  image: Reference,
-  index: { readonly digest: string; readonly size?: number },
-  pinned: boolean,
-  signal: AbortSignal,
-): Promise<SociIndex | undefined> {
-  const size = index.size === undefined ? {} : { size: index.size };
+  const kind = { annotation: INDEX_ANNOTATION, artifactType: SOCI_INDEX_V1 };
+  const found = await findIndex(registry, image, kind, annotations, referrers, signal);
+  if (found === undefined) return undefined;
+  const size = found.size === undefined ? {} : { size: found.size };
   const { host, repository } = image;
-  const reference = { host, repository, digest: index.digest };
+  const reference = { host, repository, digest: found.digest };
   const fetched = await registry.fetchManifest(reference, { ...size, signal });
   if (fetched.kind !== 'manifest') return undefined;
   const ztocs = new Map<string, Descriptor>();
@@ -64,5 +49,5 @@ async function open(
     const of = layer.annotations?.[LAYER_ANNOTATION];
     if (of !== undefined) ztocs.set(of, layer);
   }
-  return { digest: fetched.digest, pinned, ztocs };
+  return { digest: fetched.digest, pinned: found.pinned, ztocs };
 }

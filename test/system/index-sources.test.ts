@@ -9,6 +9,7 @@ import { gunzipSync } from 'node:zlib';
 import { execa } from 'execa';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { z } from 'zod';
+import { parseReference } from '../../blobserve/registry/reference.js';
 import { checkout } from '../debian/packages.js';
 import { composeImage, digestOf, layersOf } from '../image/composed-image.js';
 import { blobPath } from '../image/layer-blob.js';
@@ -61,7 +62,7 @@ const references = new Map<string, string>();
 
 /** What a client learns of an image from its registry. */
 async function imageInRegistry(reference: string): Promise<WantedImage> {
-  const [, repository = '', tag = ''] = /^[^/]+\/(.+):([^:]+)$/.exec(reference) ?? [];
+  const { repository, tag = 'latest' } = parseReference(reference);
   const get = async (what: string): Promise<Buffer> => {
     const address = `http://${registry.directAddress}/v2/${repository}/${what}`;
     const answer = await fetch(address, { headers: { accept: `${MANIFEST}, ${INDEX}` } });
@@ -84,7 +85,7 @@ async function imageInRegistry(reference: string): Promise<WantedImage> {
 async function referenceOf(image: WantedImage, digest: string): Promise<string> {
   const known = references.get(digest);
   if (known !== undefined) return known;
-  const repository = /^[^/]+\/(.+):[^:]+$/.exec(image.reference)?.[1] ?? '';
+  const { repository } = parseReference(image.reference);
   const answer = await fetch(`http://${registry.directAddress}/v2/${repository}/blobs/${digest}`);
   const scratch = await mkdtemp(path.join(publisher.directory, 'reference-'));
   const tar = path.join(scratch, 'layer.tar');
@@ -120,7 +121,7 @@ async function publishSociV2(reference: string): Promise<string> {
   // The image is another one than that of version 1, so its index is too.
   const made = (await soci.indexes()).filter((index) => !before.some((known) => known.equals(index)));
   expect(made).toHaveLength(1);
-  const [, repository = '', tag = ''] = /^[^/]+\/(.+):([^:]+)$/.exec(reference) ?? [];
+  const { repository, tag = 'latest' } = parseReference(reference);
   await convertToSociV2(registry.directAddress, repository, tag, made[0] ?? Buffer.alloc(0), 'converted');
   return reference.replace(/:[^:]+$/, ':converted');
 }
@@ -128,7 +129,7 @@ async function publishSociV2(reference: string): Promise<string> {
 /** An image that `soci convert` itself has made, which no Debian has yet (test/fixtures/soci-convert/README.md). */
 async function publishConverted(reference: string): Promise<string> {
   const layout = path.join(checkout, 'test', 'fixtures', 'soci-convert');
-  const [, repository = ''] = /^[^/]+\/(.+):[^:]+$/.exec(reference) ?? [];
+  const { repository } = parseReference(reference);
   const read = async (digest: string): Promise<Buffer> => readFile(blobPath(layout, digest));
   const list = z.object({ manifests: z.array(descriptor) });
   const [root] = list.parse(JSON.parse(await readFile(path.join(layout, 'index.json'), 'utf8'))).manifests;

@@ -157,35 +157,38 @@ describe.each(['erofs', 'tar+gzip'] as const)('a start of an image of %s layers'
     expect(fetched(first.registry, image).bytes - now.bytes).toBeLessThanOrEqual(4 * SPAN);
   });
 
-  test('has its bytes on a fresh node too when the image’s manifest names the artifact', async () => {
-    // Layers that need no index have no artifact to be named but for the list.
-    if (format === 'erofs') return;
-    const text = await publish(first, reference, '--attach-by-annotation', 'named');
-    const { prefetchSpans } = JSON.parse(text) as { prefetchSpans: number };
-    expect(prefetchSpans).toBeGreaterThan(0);
-    // It trusts nothing that only refers to the image, so the list is the one of the artifact that is named.
-    const fresh = await ClassicNode.start((directory) =>
-      configurationOf(directory).replace('[index]\n', '[index]\ntrust = "pinned"\n'),
-    );
-    try {
-      await fresh.pull(reference.replace(/:latest$/, ':named'));
-      const taken = await said(fresh, 'took a published index');
-      expect(taken).toHaveLength(image.layers.length);
-      for (const line of taken) expect(line).toMatchObject({ kind: 'erofs-nbd', pinned: true });
-      const known = await said(fresh, 'what its start reads is known');
-      expect(known).toHaveLength(1);
-      expect(known[0]).toMatchObject({ recordedHere: false });
-      expect(Number(known[0]?.['spans'])).toBeGreaterThan(0);
-      await expect
-        .poll(() => said(fresh, 'fetched ahead of its start'), { timeout: patience(30_000) })
-        .not.toHaveLength(0);
-      const before = fetched(first.registry, image).bytes;
-      expect(await fresh.run(reference.replace(/:latest$/, ':named'), 'three', ...COMMAND)).toBe(output);
-      expect(fetched(first.registry, image).bytes - before).toBeLessThanOrEqual(4 * SPAN);
-    } finally {
-      await fresh.stack.remove();
-    }
-  });
+  // Layers that need no index have no artifact to be named but for the list.
+  const testOfIndexed = format === 'erofs' ? it.skip : test;
+  testOfIndexed(
+    'has its bytes on a fresh node too when the image’s manifest names the artifact',
+    async () => {
+      const text = await publish(first, reference, '--attach-by-annotation', 'named');
+      const { prefetchSpans } = JSON.parse(text) as { prefetchSpans: number };
+      expect(prefetchSpans).toBeGreaterThan(0);
+      // It trusts nothing that only refers to the image, so the list is the one of the artifact that is named.
+      const fresh = await ClassicNode.start((directory) =>
+        configurationOf(directory).replace('[index]\n', '[index]\ntrust = "pinned"\n'),
+      );
+      try {
+        await fresh.pull(reference.replace(/:latest$/, ':named'));
+        const taken = await said(fresh, 'took a published index');
+        expect(taken).toHaveLength(image.layers.length);
+        for (const line of taken) expect(line).toMatchObject({ kind: 'erofs-nbd', pinned: true });
+        const known = await said(fresh, 'what its start reads is known');
+        expect(known).toHaveLength(1);
+        expect(known[0]).toMatchObject({ recordedHere: false });
+        expect(Number(known[0]?.['spans'])).toBeGreaterThan(0);
+        await expect
+          .poll(() => said(fresh, 'fetched ahead of its start'), { timeout: patience(30_000) })
+          .not.toHaveLength(0);
+        const before = fetched(first.registry, image).bytes;
+        expect(await fresh.run(reference.replace(/:latest$/, ':named'), 'three', ...COMMAND)).toBe(output);
+        expect(fetched(first.registry, image).bytes - before).toBeLessThanOrEqual(4 * SPAN);
+      } finally {
+        await fresh.stack.remove();
+      }
+    },
+  );
 });
 
 describe('a prefetch list that lies', () => {
