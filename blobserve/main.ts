@@ -2,8 +2,6 @@
 /**
  * Blobserve, the data plane: started and watched by the snapshotter, answering page faults and nothing else.
  */
-import { readSync } from 'node:fs';
-import { chmod, rm } from 'node:fs/promises';
 import path from 'node:path';
 import process from 'node:process';
 import * as grpc from '@grpc/grpc-js';
@@ -17,10 +15,10 @@ import { closeTracing, isTracing, openTracing } from '../daemon/tracing.js';
 import { VERSION } from '../daemon/version.js';
 import { control } from '../proto/messages.js';
 import { controlService } from '../proto/service.js';
-import type { AttachBackend } from './attach/backend.js';
 import { FuseBackend } from './attach/fuse-backend.js';
 import { NbdBackend } from './attach/nbd-backend.js';
 import { controlImplementation } from './control-service.js';
+import { ControlSocket } from './control-socket.js';
 import { LayerPaths } from './data-path.js';
 import { FirstReads } from './first-reads.js';
 import { GarbageCollection } from './garbage.js';
@@ -40,6 +38,7 @@ import { StartRecordings } from './start-recordings.js';
 import { Verifications } from './verification.js';
 import { openRegistryClient } from './open-registry-client.js';
 import { PullCredentials } from './registry/pull-credentials.js';
+import { toldToServe } from './told-to-serve.js';
 
 interface CommandLine {
   config?: string;
@@ -58,7 +57,7 @@ async function openBackend(
   configuration: Configuration,
   fuseMountPoint: string,
   log: Logger,
-): Promise<AttachBackend> {
+): Promise<NbdBackend | FuseBackend> {
   if (options.attach === 'nbd') {
     return NbdBackend.open({
       log,
@@ -72,14 +71,6 @@ async function openBackend(
     attachTimeoutMs: configuration.fuse.attach_timeout,
     log,
   });
-}
-
-/**
- * Waits for a line from the snapshotter: it has written down which process this is. When it died before, nobody knows of
- * this process, another will be started, and two may never serve one connection.
- */
-function isWrittenDown(): boolean {
-  return readSync(0, Buffer.alloc(1)) === 1;
 }
 
 async function main(): Promise<void> {
@@ -98,7 +89,7 @@ async function main(): Promise<void> {
     root: options.root,
     ...(options.logLevel === undefined ? {} : { logLevel: options.logLevel }),
   });
-  if (!isWrittenDown()) return;
+  const told = toldToServe();
   const log = createLogger('blobserve', configuration.log.level, configuration.log.format);
   keepMemoryOutOfCoreDumps(log);
   await openTracing('erofs-nbd-blobserve', configuration, log);
@@ -262,16 +253,17 @@ async function main(): Promise<void> {
   });
   const controlServer = new grpc.Server({ 'grpc.max_receive_message_length': 4 * 2 ** 20 });
 
+  // A thread may be waiting in a read of /dev/fuse, so that leaving takes process.reallyExit's way: a signal.
+  const leave = (): void => process.kill(process.pid, 'SIGKILL') as unknown as void;
   let stopping = false;
   const stop = (reason: string): void => {
     if (stopping) return;
     stopping = true;
     log.info({ reason }, 'ending; the kernel keeps its devices for the next process');
-    // A thread may be waiting in a read of /dev/fuse, so that leaving takes process.reallyExit's way: a signal.
-    const leave = (): void => process.kill(process.pid, 'SIGKILL') as unknown as void;
     setTimeout(leave, STOP_TIMEOUT).unref();
     // In order, so that the answer to a Shutdown still leaves; calls that wait for a registry are not waited for.
     controlServer.tryShutdown(() => undefined);
+    socket.remove();
     firstReads.close();
     recordings?.close();
     Promise.all([prefetches.close(), verifications.close()])
@@ -303,16 +295,14 @@ async function main(): Promise<void> {
       log,
     }),
   );
-  await rm(layout.controlSocket, { force: true });
-  await new Promise<void>((resolve, reject) => {
-    controlServer.bindAsync(
-      `unix:${layout.controlSocket}`,
-      grpc.ServerCredentials.createInsecure(),
-      (error) => (error === null ? resolve() : reject(error)),
-    );
-  });
-  // It tells credentials.
-  await chmod(layout.controlSocket, 0o600);
+  const socket = await ControlSocket.bind(controlServer, layout.controlSocket);
+  // A process that stands by waits here, with all that needs no device behind it.
+  if (!(await told)) {
+    socket.remove();
+    return leave();
+  }
+  if (backend instanceof FuseBackend) backend.begin();
+  await socket.publish();
   faultPoint('control-open');
   process.on('SIGTERM', () => stop('SIGTERM'));
   // Ctrl-C in a terminal goes to the whole group; the snapshotter decides.

@@ -174,7 +174,7 @@ const schema = z.strictObject({
   nbd: z
     .strictObject({
       dead_connection_timeout: duration('30d', '1s', '365d'),
-      io_timeout: duration('1s', '100ms', '10m'),
+      io_timeout: duration('500ms', '100ms', '10m'),
     })
     .prefault({}),
   fuse: z
@@ -218,6 +218,7 @@ const schema = z.strictObject({
       attach: z.enum(['eager', 'first-use']).default('eager'),
       restart_backoff_max: duration('10s', '100ms', '10m'),
       silence_timeout: duration('30s', '2s', '1d'),
+      standby: z.boolean().default(true),
       control_group: pathOrNone.default(''),
     })
     .prefault({}),

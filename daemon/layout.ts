@@ -46,3 +46,12 @@ export function layout(root: string): Layout {
     givenFiles: below('given-files.json'),
   };
 }
+
+/**
+ * @param controlSocket where the data plane that serves is found
+ * @param pid of one that stands by, or is starting
+ * @returns where that one answers
+ */
+export function standbySocket(controlSocket: string, pid: number): string {
+  return `${controlSocket}.${pid}`;
+}

@@ -4,10 +4,9 @@
  * Blobserve outlives the snapshotter on purpose (its own session, its own log descriptor), so the first thing is to ask
  * whether one is answering on the control socket. What it serves is told to it by whoever listens to `onStarted`.
  */
-import { spawn, type ChildProcess } from 'node:child_process';
+import type { ChildProcess } from 'node:child_process';
 import { setTimeout as sleep } from 'node:timers/promises';
 import * as grpc from '@grpc/grpc-js';
-import { dataPlaneCommand } from '../daemon/data-plane-program.js';
 import { faultPoint } from '../daemon/fault-point.js';
 import type { Logger } from '../daemon/log.js';
 import { VERSION } from '../daemon/version.js';
@@ -27,6 +26,8 @@ import {
   writeIdentity,
 } from './process-identity.js';
 import { SilenceWatch } from './silence-watch.js';
+import { spawnBlobserve } from './spawn-blobserve.js';
+import { Standby } from './standby.js';
 
 /** Milliseconds between two looks at an adopted process whose end the kernel does not report. */
 const WATCH_INTERVAL = 250;
@@ -53,7 +54,7 @@ const BROKEN: ReadonlySet<grpc.status> = new Set([
   grpc.status.INTERNAL,
   grpc.status.UNKNOWN,
 ]);
-/** A process that lived so many milliseconds was not failing at start: the next pause is the first one again. */
+/** A process that lived so many milliseconds was not failing at start: the next two are not kept apart. */
 const STEADY_AFTER = 60_000;
 
 export interface BlobServeProcessOptions {
@@ -81,6 +82,8 @@ export interface BlobServeProcessOptions {
    * other end sees its end.
    */
   readonly lifeline?: () => number;
+  /** Whether another process is kept loaded, to take the place of the one that serves. */
+  readonly standby: boolean;
   /** Is called with a process that is found running, before it is adopted or replaced. */
   readonly onFound: (client: BlobServeClient) => Promise<void>;
   /** Is called with each process that has been started, before anybody else calls it. */
@@ -93,6 +96,7 @@ export class BlobServeProcess {
   readonly #options: BlobServeProcessOptions;
   readonly #log: Logger;
   #identity: ProcessIdentity | undefined;
+  readonly #standby: Standby | undefined;
   #silence: SilenceWatch | undefined;
   #startedAt = 0;
   #failures = 0;
@@ -109,6 +113,10 @@ export class BlobServeProcess {
     this.#options = options;
     this.#log = options.log;
     this.client = new BlobServeClient(options.socket);
+    if (options.standby) {
+      const { socket: controlSocket, log } = options;
+      this.#standby = new Standby({ controlSocket, spawn: () => this.#spawn(), log });
+    }
   }
 
   get backend(): 'nbd' | 'fuse' {
@@ -198,11 +206,13 @@ export class BlobServeProcess {
     if (found !== undefined) await this.#options.onFound(this.client);
     if (found !== undefined && !isKept) await this.#handOver(found);
     if (found === undefined || !isKept || !(await this.#adopt(found))) await this.#start();
+    this.#standby?.prepare();
   }
 
   /** Ends a process that serves nothing that works any more. */
   async end(pid: number): Promise<void> {
     this.#stopped = true;
+    this.#standby?.close();
     await endInOrder(pid);
   }
 
@@ -216,6 +226,7 @@ export class BlobServeProcess {
     this.#stopped = true;
     this.#unwatch();
     this.#silence?.stop();
+    this.#standby?.close();
     this.client.close();
     this.#onReleased?.();
     this.#onReleased = undefined;
@@ -241,6 +252,7 @@ export class BlobServeProcess {
       }
     }
     this.#stopped = true;
+    this.#standby?.close();
     if (this.#identity !== undefined && !(await waitForEnd(this.#identity, END_TIMEOUT))) {
       await signalProcess(this.#identity, 'SIGKILL');
     }
@@ -328,39 +340,20 @@ export class BlobServeProcess {
     void check();
   }
 
+  #spawn(): ChildProcess {
+    const { args, backend, backendReason, output = 'inherit', lifeline } = this.#options;
+    return spawnBlobserve({
+      args: [...args, '--attach', backend, '--attach-reason', backendReason],
+      fuseDescriptor: this.#options.fuseDescriptor(),
+      output,
+      lifeline: lifeline?.(),
+    });
+  }
+
+  /** One that stands by is told to serve; without one, a process is started and told at once. */
   async #start(): Promise<void> {
-    const { args, backend, backendReason, log } = this.#options;
-    const fuseDescriptor = this.#options.fuseDescriptor();
-    const output = this.#options.output ?? 'inherit';
-    const child = spawn(
-      process.execPath,
-      [
-        ...dataPlaneCommand(),
-        ...args,
-        '--attach',
-        backend,
-        '--attach-reason',
-        backendReason,
-        ...(fuseDescriptor >= 0 ? ['--fuse-descriptor', '3'] : []),
-      ],
-      {
-        stdio: [
-          ...(['pipe', output, output] as const),
-          fuseDescriptor >= 0 ? fuseDescriptor : 'ignore',
-          ...(this.#options.lifeline === undefined ? [] : [this.#options.lifeline()]),
-        ],
-        detached: true,
-        cwd: '/',
-        env: {
-          ...process.env,
-          // Cold disk reads each hold a thread of libuv's pool while they wait.
-          UV_THREADPOOL_SIZE: process.env.UV_THREADPOOL_SIZE ?? '12',
-          // Otherwise each of these threads keeps memory of its own that is free: 20 MB with 50 layers.
-          MALLOC_ARENA_MAX: process.env.MALLOC_ARENA_MAX ?? '2',
-        },
-      },
-    );
-    child.unref();
+    const { log } = this.#options;
+    const child = this.#standby?.take() ?? this.#spawn();
     this.#startedAt = Date.now();
     const answering = this.#untilAnswers(child);
     faultPoint('blobserve-spawned');
@@ -369,7 +362,6 @@ export class BlobServeProcess {
     const started = child.pid === undefined ? undefined : await processIdentity(child.pid);
     if (started !== undefined) await writeIdentity(this.#options.record, started);
     await outliveContainer(this.#options.controlGroup, child.pid, log);
-    child.stdin?.on('error', () => undefined);
     child.stdin?.end('\n');
     faultPoint('blobserve-recorded');
     const identity = await answering;
@@ -453,14 +445,17 @@ export class BlobServeProcess {
   async #restart(): Promise<void> {
     for (;;) {
       if (this.#failures > 0) {
-        const pause = Math.min(100 * 2 ** (this.#failures - 1), this.#options.restartBackoffMaxMs);
-        await sleep(pause, undefined, { ref: false });
+        const apart = Math.min(100 * 2 ** (this.#failures - 1), this.#options.restartBackoffMaxMs);
+        // One that has lived for longer than that has readers who have waited for long enough.
+        const pause = this.#startedAt + apart - Date.now();
+        if (pause > 0) await sleep(Math.min(pause, apart), undefined, { ref: false });
       }
       if (this.#stopped) throw new Error('the snapshotter is stopping');
       this.#failures += 1;
       try {
         await this.#start();
         await this.#onStarted?.();
+        this.#standby?.prepare();
         counted.recoveries.add('data plane restarted');
         return;
       } catch (error) {

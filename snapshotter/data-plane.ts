@@ -67,6 +67,8 @@ export async function openDataPlane(options: DataPlaneOptions): Promise<BlobServ
       controlGroup: configuration.recovery.control_group,
       // Without netlink a device dies with its server: the old one goes on as long as it can.
       handover: !choice.survives ? 'never' : options.handover ? 'always' : 'other-version',
+      // Whoever mounts by hand has one that ends with the mount, and pays for no other.
+      standby: configuration.recovery.standby && options.started === undefined,
       onFound: (client) => options.credentials.takeFrom(client),
       onAnswers: (client) => options.credentials.giveTo(client),
       ...options.started,

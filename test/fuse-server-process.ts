@@ -107,7 +107,7 @@ function layer(layerId: number) {
 async function carryOut(command: ServerCommand): Promise<Omit<ServerAnswer, 'id'>> {
   switch (command.do) {
     case 'serve':
-      backend = new FuseBackend(3, command.mountPoint, command);
+      backend = new FuseBackend(3, command.mountPoint, command).begin();
       return {};
     case 'attach': {
       const { layerId, identifier, path, size, now } = command;

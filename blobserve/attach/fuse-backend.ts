@@ -60,25 +60,39 @@ class FuseDevice implements AttachedDevice {
 
 export class FuseBackend implements AttachBackend {
   readonly name = 'fuse';
-  readonly #server: FuseServer;
+  #begun: FuseServer | undefined;
 
   /**
-   * Serves at once: the readers that an earlier process left waiting wait for their layers from here on.
+   * Nothing is read or answered before `begin`.
    *
    * @param descriptor of /dev/fuse, mounted or not; stays the caller's
    * @param mountPoint where it is mounted, or will be: only to name the files, this process never looks there
-   * @throws {FuseChannelError} when the descriptor is not a FUSE connection
    */
   constructor(
-    descriptor: number,
+    private readonly descriptor: number,
     private readonly mountPoint: string,
-    options: FuseBackendOptions = {},
-  ) {
-    this.#server = new FuseServer(descriptor, {
-      memory: new ReplyMemory(options.memoryLimitBytes ?? DEFAULT_MEMORY_LIMIT),
-      ...(options.attachTimeoutMs === undefined ? {} : { attachTimeoutMs: options.attachTimeoutMs }),
-      ...(options.log === undefined ? {} : { log: options.log }),
+    private readonly options: FuseBackendOptions = {},
+  ) {}
+
+  /**
+   * Begins to serve: the readers that an earlier process left waiting wait for their layers from here on. That process must have
+   * ended.
+   *
+   * @throws {FuseChannelError} when the descriptor is not a FUSE connection
+   */
+  begin(): this {
+    const { memoryLimitBytes, attachTimeoutMs, log } = this.options;
+    this.#begun = new FuseServer(this.descriptor, {
+      memory: new ReplyMemory(memoryLimitBytes ?? DEFAULT_MEMORY_LIMIT),
+      ...(attachTimeoutMs === undefined ? {} : { attachTimeoutMs }),
+      ...(log === undefined ? {} : { log }),
     });
+    return this;
+  }
+
+  get #server(): FuseServer {
+    if (this.#begun === undefined) throw new AttachError('the FUSE connection is not served yet');
+    return this.#begun;
   }
 
   /** `reconnected` is true for all layers when an earlier process has served the connection: the nodes are the same. */
@@ -117,11 +131,11 @@ export class FuseBackend implements AttachBackend {
   }
 
   awaited(): number[] {
-    return this.#server.awaited;
+    return this.#begun?.awaited ?? [];
   }
 
   async close(): Promise<void> {
-    await this.#server.close();
+    await this.#begun?.close();
   }
 }
 

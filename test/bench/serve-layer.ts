@@ -40,7 +40,7 @@ const WARM_BYTES = 1 << 20;
 
 const [, , kind = '', cacheDirectory = '', mountPoint = ''] = process.argv;
 const backend: AttachBackend =
-  kind === 'nbd' ? await NbdBackend.open({ log: silentLogger }) : new FuseBackend(3, mountPoint);
+  kind === 'nbd' ? await NbdBackend.open({ log: silentLogger }) : new FuseBackend(3, mountPoint).begin();
 const layers = new Map<
   number,
   { readonly device: AttachedDevice; readonly reader: BlobReader; readonly cpu: NodeJS.CpuUsage }
