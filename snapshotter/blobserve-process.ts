@@ -55,7 +55,7 @@ const BROKEN: ReadonlySet<grpc.status> = new Set([
   grpc.status.UNKNOWN,
 ]);
 /** A process that lived so many milliseconds was not failing at start: the next two are not kept apart. */
-const STEADY_AFTER = 60_000;
+const STEADY_AFTER = 5_000;
 
 export interface BlobServeProcessOptions {
   readonly socket: string;
@@ -356,6 +356,8 @@ export class BlobServeProcess {
     const child = this.#standby?.take() ?? this.#spawn();
     this.#startedAt = Date.now();
     const answering = this.#untilAnswers(child);
+    // It may end before it is waited for.
+    answering.catch(() => undefined);
     faultPoint('blobserve-spawned');
     // Before it begins: were this process to die now, the next one has to find it all the same; one that was not written
     // down ends by itself.
@@ -389,6 +391,8 @@ export class BlobServeProcess {
           const identity = await processIdentity(hello.pid);
           if (identity !== undefined) return identity;
         }
+        if (child.exitCode !== null || child.signalCode !== null)
+          throw new Error(`the data plane (process ${child.pid}) ended while it started`);
         const elapsed = Date.now() - start;
         if (elapsed > START_TIMEOUT) {
           child.kill('SIGKILL');

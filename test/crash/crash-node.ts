@@ -156,6 +156,16 @@ export class CrashNode {
     }
   }
 
+  /** Resolves when a data plane is loaded that would take the place of the one that serves. */
+  async standsBy(limit = patience(60_000)): Promise<void> {
+    const { dir, base } = path.parse(this.places.controlSocket);
+    const deadline = Date.now() + limit;
+    while (!(await readdir(dir)).some((name) => name.startsWith(`${base}.`))) {
+      if (Date.now() > deadline) throw new Error(`after ${limit} ms no data plane stands by`);
+      await delay(LOOK_INTERVAL);
+    }
+  }
+
   async #state(): Promise<string> {
     const snapshotter = await this.snapshotter;
     if ((await processIdentity(snapshotter.pid)) === undefined) return 'the snapshotter does not run';

@@ -10,6 +10,8 @@
  *   --part K/N       every Nth fault point and burst, from the Kth on (1 to N): a run of all in N pieces
  *   --seed N         of the random moments; printed, so that a run can be repeated
  *   --points LIST    `all` (default), `none`, or names of fault points with commas between
+ *   --stalls N       no more than this: the data plane is killed so many times while nothing but the container is at work, each time when
+ *                    another stands by, and the longest stall is held to 2 s beyond the start of a Node process
  *   --quiet          the machine has nothing else to do, so that stalls are judged also where every instruction is emulated
  *   --short          what CI runs: all fault points and a few random moments, with tar+gzip
  *
@@ -33,7 +35,15 @@ import { LayerRegistry } from '../system/layer-registry.js';
 import { backendOf, missingForSystemTests } from '../system/requirements.js';
 import { CrashNode, type Victim } from './crash-node.js';
 import { expectedFiles, sample } from './expected-files.js';
-import { faultPlans, type Kill, killAtFaultPoint, killAtMoments, type Moment, type Scene } from './kills.js';
+import {
+  faultPlans,
+  type Kill,
+  killAlone,
+  killAtFaultPoint,
+  killAtMoments,
+  type Moment,
+  type Scene,
+} from './kills.js';
 import { LayerLife } from './layer-life.js';
 import { remainingProcesses, remainingState } from './remains.js';
 import { median, report } from './report.js';
@@ -46,6 +56,7 @@ const { values } = parseArgs({
     format: { type: 'string' },
     files: { type: 'string' },
     readers: { type: 'string', default: '3' },
+    stalls: { type: 'string' },
     burst: { type: 'string', default: '1' },
     part: { type: 'string', default: '1/1' },
     seed: { type: 'string' },
@@ -60,6 +71,7 @@ const { values } = parseArgs({
 const KILLS = Number(values.kills ?? (values.short ? 4 : 200));
 const FORMAT = (values.format ?? (values.short ? 'tar+gzip' : 'erofs')) as 'erofs' | 'tar+gzip';
 const SEED = Number(values.seed ?? Date.now() % 1_000_000);
+const STALLS = Number(values.stalls ?? 0);
 const BURST = Number(values.burst);
 const [PART = 0, PARTS = 0] = values.part.split('/').map(Number);
 const ALL_POINTS: readonly string[] = Object.values(FAULT_POINTS).flatMap((groups) =>
@@ -73,7 +85,14 @@ const POINTS =
 for (const name of POINTS ?? [])
   if (!ALL_POINTS.includes(name)) throw new Error(`--points: there is no ${name}`);
 /** Numbers are checked here: a misspelt one would mean a run that kills nobody and is content. */
-for (const [name, number] of Object.entries({ KILLS, SEED, readers: Number(values.readers), BURST, PARTS }))
+for (const [name, number] of Object.entries({
+  KILLS,
+  STALLS,
+  SEED,
+  readers: Number(values.readers),
+  BURST,
+  PARTS,
+}))
   if (!Number.isSafeInteger(number) || number < 0) throw new Error(`${name}: expected a whole number`);
 if (!(BURST >= 1 && PART >= 1 && PART <= PARTS))
   throw new Error('--burst: expected a number above 0; --part: expected K/N');
@@ -84,6 +103,7 @@ if (!(BURST >= 1 && PART >= 1 && PART <= PARTS))
  * deaths.
  */
 function stallLimit(nodeStart: number): number | undefined {
+  if (STALLS > 0) return nodeStart + 2000;
   if (values.short || BURST > 1 || (patience(1) > 1 && !values.quiet)) return undefined;
   return nodeStart + (patience(1) > 1 ? Math.round((2000 / 85) * nodeStart) : 2000);
 }
@@ -129,6 +149,8 @@ async function kills(scene: Scene, random: SeededRandom): Promise<Kill[]> {
     note(`${kill.kind}, ${kill.where}: stall ${kill.stall} ms${kill.failures.length > 0 ? ', FAILED' : ''}`);
     for (const failure of kill.failures) console.log(`           ${failure}`);
   };
+  for (let number = 0; number < STALLS; number += 1) add(await killAlone(scene, random.below(LONGEST_WAIT)));
+  if (STALLS > 0) return done;
   const work: (() => Promise<Kill[]>)[] = faultPlans(scene.backend)
     .filter(({ point }) => POINTS === undefined || POINTS.has(point))
     .map((plan) => async () => [await killAtFaultPoint(scene, plan)]);
@@ -158,7 +180,9 @@ async function main(): Promise<boolean> {
     return true;
   }
   note(
-    `seed ${SEED}; part ${PART} of ${PARTS} of all fault points and ${KILLS} random moments; image of ${FORMAT} layers`,
+    STALLS > 0
+      ? `${STALLS} deaths of the data plane; image of ${FORMAT} layers`
+      : `seed ${SEED}; part ${PART} of ${PARTS} of all fault points and ${KILLS} random moments; image of ${FORMAT} layers`,
   );
   const nodeStart = await nodeStartTime();
   const stack = await Stack.create('erofs-nbd-crash');
@@ -184,7 +208,7 @@ async function main(): Promise<boolean> {
     const backend = (await backendOf(await node.snapshotter)) === 'nbd' ? 'nbd' : 'fuse';
     await node.stop();
     node.startAgain();
-    failures.push(...(await firstStarts(node, backend === 'fuse')));
+    if (STALLS === 0) failures.push(...(await firstStarts(node, backend === 'fuse')));
     await node.startSnapshotter();
     await node.startContainerd();
     note('daemons run');

@@ -11,7 +11,7 @@ import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
 import { FAULT_POINTS_VARIABLE } from '../../daemon/fault-point.js';
 import { layout, type Layout } from '../../daemon/layout.js';
 import type { CallError } from '../../proto/unary-call.js';
-import { isRunning, readIdentity } from '../../snapshotter/process-identity.js';
+import { isRunning, processIdentity, readIdentity } from '../../snapshotter/process-identity.js';
 import { after, hang } from '../fault-server.js';
 import { checkout } from '../debian/packages.js';
 import { type SmallErofs, smallErofs, withIdentity } from '../image/small-erofs.js';
@@ -213,11 +213,62 @@ describe('the data plane', () => {
     const before = await servingPid();
     await snapshotter.kill();
     process.kill(before, 'SIGSTOP');
-    await start();
+    // So that each process there is one that serves.
+    await start({ configuration: `${CONFIGURATION}[recovery]\nstandby = false\n` });
     expect(await dataOf(await attach(layer))).toBe(true);
     expect(await servingPid()).not.toBe(before);
     const { processes } = await leftovers(stack.directory);
     expect(processes.filter((command) => command.includes('programs/blobserve.cjs'))).toHaveLength(1);
+  });
+
+  const standing = async (): Promise<number[]> => {
+    const prefix = `${path.basename(places.controlSocket)}.`;
+    const names = await readdir(places.root);
+    return names.filter((name) => name.startsWith(prefix)).map((name) => Number(name.slice(prefix.length)));
+  };
+  const untilOneStands = async (): Promise<number> => {
+    await expect.poll(standing, { timeout: 60_000, interval: 100 }).toHaveLength(1);
+    return (await standing())[0] ?? 0;
+  };
+  const isGone = async (pid: number): Promise<boolean> => (await processIdentity(pid)) === undefined;
+
+  test('that dies is followed by the one that stands by, and another takes the place of that', async () => {
+    await snapshotter.stop();
+    await start();
+    const seen = await attach(newLayer());
+    const next = await untilOneStands();
+    const before = await servingPid();
+    expect(next).not.toBe(before);
+    process.kill(before, 'SIGKILL');
+    expect(await dataOf(seen)).toBe(true);
+    await expect.poll(servingPid, { timeout: 30_000 }).toBe(next);
+    expect(await dataOf(await attach(newLayer()))).toBe(true);
+    expect(await untilOneStands()).not.toBe(next);
+  });
+
+  test('that dies together with the one that stands by is followed by a new one', async () => {
+    const seen = await attach(newLayer());
+    const next = await untilOneStands();
+    const before = await servingPid();
+    for (const pid of [next, before]) process.kill(pid, 'SIGKILL');
+    expect(await dataOf(seen)).toBe(true);
+    expect([before, next]).not.toContain(await servingPid());
+    // The socket of the one that was killed goes with the next one's start.
+    await expect.poll(standing, { timeout: 60_000, interval: 100 }).not.toContain(next);
+  });
+
+  test('that stands by ends with its snapshotter, however that ends, and leaves nothing', async () => {
+    for (const end of [() => snapshotter.kill(), () => snapshotter.stop()]) {
+      const seen = await attach(newLayer());
+      const next = await untilOneStands();
+      const serving = await servingPid();
+      await end();
+      await expect.poll(() => isGone(next), { timeout: 10_000 }).toBe(true);
+      expect(await standing()).toEqual([]);
+      expect(await dataOf(seen)).toBe(true);
+      await start();
+      expect(await servingPid()).toBe(serving);
+    }
   });
 
   test('that hangs under a running snapshotter is replaced by it', async () => {
