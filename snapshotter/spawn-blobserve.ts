@@ -2,6 +2,7 @@
  * Starts the data plane's process, which does nothing before it is told to serve.
  */
 import { spawn, type ChildProcess } from 'node:child_process';
+import { Socket } from 'node:net';
 import process from 'node:process';
 import { dataPlaneCommand } from '../daemon/data-plane-program.js';
 
@@ -40,7 +41,7 @@ export function spawnBlobserve({ args, fuseDescriptor, output, lifeline }: Spawn
   );
   child.unref();
   // Neither keeps a snapshotter that wants to end from doing so.
-  (child.stdin as { unref?: () => void } | null)?.unref?.();
+  if (child.stdin instanceof Socket) child.stdin.unref();
   child.stdin?.on('error', () => undefined);
   return child;
 }

@@ -23,6 +23,15 @@ const LOOK_INTERVAL = 250;
 /** Milliseconds to wait for one answer. */
 const ANSWER_TIMEOUT = 2_000;
 
+/** @returns the processes that stand by, or have been killed while they did: those that there are sockets of */
+export async function standbyPids(controlSocket: string): Promise<number[]> {
+  const { dir, base } = path.parse(controlSocket);
+  return (await readdir(dir))
+    .filter((name) => name.startsWith(`${base}.`))
+    .map((name) => Number(name.slice(base.length + 1)))
+    .filter((pid) => Number.isSafeInteger(pid) && pid > 0);
+}
+
 export interface StandbyOptions {
   /** Of the data plane that serves. */
   readonly controlSocket: string;
@@ -39,11 +48,6 @@ export class Standby {
 
   constructor(options: StandbyOptions) {
     this.#options = options;
-  }
-
-  /** The process that stands by, loaded or not; undefined while there is none. */
-  get pid(): number | undefined {
-    return this.#child?.pid;
   }
 
   /** Sees to it that there will be one before long. */
@@ -112,11 +116,10 @@ export class Standby {
 
   /** Sockets of processes that were killed before they could remove them. */
   async #sweep(): Promise<void> {
-    const { dir, base } = path.parse(this.#options.controlSocket);
-    for (const name of await readdir(dir)) {
-      const pid = name.startsWith(`${base}.`) ? Number(name.slice(base.length + 1)) : Number.NaN;
-      if (!Number.isSafeInteger(pid) || pid < 1 || (await processIdentity(pid)) !== undefined) continue;
-      await rm(path.join(dir, name), { force: true });
+    const { controlSocket } = this.#options;
+    for (const pid of await standbyPids(controlSocket)) {
+      if ((await processIdentity(pid)) === undefined)
+        await rm(standbySocket(controlSocket, pid), { force: true });
     }
   }
 }

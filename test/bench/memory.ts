@@ -11,6 +11,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { execa } from 'execa';
 import { layout } from '../../daemon/layout.js';
 import { chainIdOf } from '../../snapshotter/layer-reference.js';
+import { standbyPids } from '../../snapshotter/standby.js';
 import { smallErofs, withIdentity } from '../image/small-erofs.js';
 import { SnapshotsClient } from '../stack/snapshots-client.js';
 import { Stack } from '../stack/stack.js';
@@ -44,10 +45,9 @@ async function childrenOf(pid: number): Promise<number[]> {
 
 /** @returns the process that would take the place of the one that serves, once it is there */
 async function standingBy(root: string): Promise<number> {
-  const { dir, base } = path.parse(layout(root).controlSocket);
   for (;;) {
-    const name = (await readdir(dir)).find((one) => one.startsWith(`${base}.`));
-    if (name !== undefined) return Number(name.slice(base.length + 1));
+    const [pid] = await standbyPids(layout(root).controlSocket);
+    if (pid !== undefined) return pid;
     await sleep(100);
   }
 }

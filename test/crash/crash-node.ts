@@ -14,6 +14,7 @@ import {
   readIdentity,
   waitForEnd,
 } from '../../snapshotter/process-identity.js';
+import { standbyPids } from '../../snapshotter/standby.js';
 import { checkout } from '../debian/packages.js';
 import { patience } from '../patience.js';
 import { startContainerd, type Containerd } from '../stack/containerd.js';
@@ -158,9 +159,8 @@ export class CrashNode {
 
   /** Resolves when a data plane is loaded that would take the place of the one that serves. */
   async standsBy(limit = patience(60_000)): Promise<void> {
-    const { dir, base } = path.parse(this.places.controlSocket);
     const deadline = Date.now() + limit;
-    while (!(await readdir(dir)).some((name) => name.startsWith(`${base}.`))) {
+    while ((await standbyPids(this.places.controlSocket)).length === 0) {
       if (Date.now() > deadline) throw new Error(`after ${limit} ms no data plane stands by`);
       await delay(LOOK_INTERVAL);
     }

@@ -156,13 +156,14 @@ export async function killAtMoments(
 }
 
 /** Kills the data plane while nothing but the container is at work, when another stands by. */
-export async function killAlone({ node, witness }: Scene, after: number): Promise<Kill> {
+export async function killAlone(scene: Scene, after: number): Promise<Kill> {
+  const { node, witness } = scene;
   const checks = new Checks();
   await checks.that('a data plane that stands by', () => node.standsBy());
   await delay(after);
   const from = monotonic();
   await checks.that('killing blobserve', () => node.kill('blobserve'));
-  await checks.that('the daemons', () => node.whole());
+  await recovered(scene, checks);
   await checks.that('the reading container', () => witness.passed(monotonic()));
   const stall = await witness.longestStall(from, monotonic());
   return { kind: 'blobserve', where: `${after} ms after another stood by`, stall, failures: checks.failures };

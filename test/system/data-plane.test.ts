@@ -12,6 +12,7 @@ import { FAULT_POINTS_VARIABLE } from '../../daemon/fault-point.js';
 import { layout, type Layout } from '../../daemon/layout.js';
 import type { CallError } from '../../proto/unary-call.js';
 import { isRunning, processIdentity, readIdentity } from '../../snapshotter/process-identity.js';
+import { standbyPids } from '../../snapshotter/standby.js';
 import { after, hang } from '../fault-server.js';
 import { checkout } from '../debian/packages.js';
 import { type SmallErofs, smallErofs, withIdentity } from '../image/small-erofs.js';
@@ -221,11 +222,7 @@ describe('the data plane', () => {
     expect(processes.filter((command) => command.includes('programs/blobserve.cjs'))).toHaveLength(1);
   });
 
-  const standing = async (): Promise<number[]> => {
-    const prefix = `${path.basename(places.controlSocket)}.`;
-    const names = await readdir(places.root);
-    return names.filter((name) => name.startsWith(prefix)).map((name) => Number(name.slice(prefix.length)));
-  };
+  const standing = (): Promise<number[]> => standbyPids(places.controlSocket);
   const untilOneStands = async (): Promise<number> => {
     await expect.poll(standing, { timeout: 60_000, interval: 100 }).toHaveLength(1);
     return (await standing())[0] ?? 0;
