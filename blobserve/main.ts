@@ -38,6 +38,7 @@ import { StartRecordings } from './start-recordings.js';
 import { Verifications } from './verification.js';
 import { openRegistryClient } from './open-registry-client.js';
 import { PullCredentials } from './registry/pull-credentials.js';
+import { rehearseDevice, rehearseExchange, rehearseUntil } from './rehearsal.js';
 import { toldToServe } from './told-to-serve.js';
 
 interface CommandLine {
@@ -295,6 +296,8 @@ async function main(): Promise<void> {
       log,
     }),
   );
+  // FUSE's descriptor is the connection of the process that serves.
+  await rehearseUntil(told, [rehearseExchange, ...(options.attach === 'nbd' ? [rehearseDevice] : [])], log);
   const socket = await ControlSocket.bind(controlServer, layout.controlSocket);
   // A process that stands by waits here, with all that needs no device behind it.
   if (!(await told)) {

@@ -174,7 +174,7 @@ const schema = z.strictObject({
   nbd: z
     .strictObject({
       dead_connection_timeout: duration('30d', '1s', '365d'),
-      io_timeout: duration('500ms', '100ms', '10m'),
+      io_timeout: duration('250ms', '100ms', '10m'),
     })
     .prefault({}),
   fuse: z

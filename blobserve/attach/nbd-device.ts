@@ -32,7 +32,7 @@ export interface NbdTimes {
   readonly ioTimeoutMs: number;
 }
 
-export const DEFAULT_NBD_TIMES: NbdTimes = { deadConnectionSeconds: 30 * 24 * 60 * 60, ioTimeoutMs: 500 };
+export const DEFAULT_NBD_TIMES: NbdTimes = { deadConnectionSeconds: 30 * 24 * 60 * 60, ioTimeoutMs: 250 };
 
 /** One of the two ways to tell the driver what to do. Sockets stay the caller's, who closes its copies. */
 export interface NbdConnector {

@@ -14,8 +14,13 @@ const PREPARE_TIMEOUT = patience(300_000);
 
 export class SnapshotsClient {
   readonly #client: grpc.Client;
+  readonly #metadata = new grpc.Metadata();
+  readonly #snapshotter: string;
 
-  constructor(socket: string) {
+  /** @param through of containerd's own socket, which has namespaces and several snapshotters */
+  constructor(socket: string, through?: { readonly namespace: string; readonly snapshotter: string }) {
+    if (through !== undefined) this.#metadata.set('containerd-namespace', through.namespace);
+    this.#snapshotter = through?.snapshotter ?? '';
     this.#client = new grpc.Client(`unix:${socket}`, grpc.credentials.createInsecure(), {
       'grpc.max_reconnect_backoff_ms': 200,
       'grpc.initial_reconnect_backoff_ms': 50,
@@ -27,7 +32,8 @@ export class SnapshotsClient {
   }
 
   view(key: string, parent = '', labels: Record<string, string> = {}) {
-    return unaryCall(this.#client, snapshotsService.view, { key, parent, labels }, TIMEOUT);
+    const request = { snapshotter: this.#snapshotter, key, parent, labels };
+    return unaryCall(this.#client, snapshotsService.view, request, TIMEOUT, this.#metadata);
   }
 
   mounts(key: string) {
@@ -39,7 +45,8 @@ export class SnapshotsClient {
   }
 
   remove(key: string) {
-    return unaryCall(this.#client, snapshotsService.remove, { key }, TIMEOUT);
+    const request = { snapshotter: this.#snapshotter, key };
+    return unaryCall(this.#client, snapshotsService.remove, request, TIMEOUT, this.#metadata);
   }
 
   stat(key: string) {

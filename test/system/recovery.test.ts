@@ -88,7 +88,7 @@ describe('when a daemon is killed', () => {
       if (backend === control.Backend.NBD) {
         // What the kernel has by itself, 30 s, is how long readers in flight would wait after a reconnect.
         const timeout = await readFile(`/sys/block/${path.basename(device)}/queue/io_timeout`, 'utf8');
-        expect(timeout.trim()).toBe('500');
+        expect(timeout.trim()).toBe('250');
       }
       expect(`sha256:${await readDevice(device)}`).toBe(layerDigest);
     }

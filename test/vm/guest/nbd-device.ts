@@ -150,7 +150,7 @@ const checks: [string, () => Promise<void>][] = [
       assert.ok(statistics.readBytes >= 7 * MIB);
       assert.equal(statistics.readErrors, 0);
       const queue = `/sys/block/${server.device.slice(5)}`;
-      assert.equal(await readFile(`${queue}/queue/io_timeout`, 'utf8'), '500\n');
+      assert.equal(await readFile(`${queue}/queue/io_timeout`, 'utf8'), '250\n');
       assert.match(await readFile(`${queue}/queue/scheduler`, 'utf8'), /\[none\]/);
       assert.equal(await readFile(`${queue}/ro`, 'utf8'), '1\n');
       assert.equal(await readFile(`${queue}/queue/logical_block_size`, 'utf8'), '512\n');
