@@ -104,8 +104,6 @@ describe('a container with native EROFS layers', () => {
 
   test('has snapshots with kinds, parents, labels and usage as containerd expects them', async () => {
     const client = new SnapshotsClient(snapshotter.plugin.address);
-    const { address, namespace } = containerd;
-    const asked = new SnapshotsClient(address, { namespace, snapshotter: 'erofs-nbd' });
     try {
       const committed = await client.list('kind==committed');
       expect(committed.length).toBe(image.layers.length);
@@ -147,6 +145,8 @@ describe('a container with native EROFS layers', () => {
     await mkdir(mounted);
     await flattenLayers(await writeTinyLayers(path.join(scratch, 'layers')), expected);
     const client = new SnapshotsClient(snapshotter.plugin.address);
+    const { address, namespace } = containerd;
+    const asked = new SnapshotsClient(address, { namespace, snapshotter: 'erofs-nbd' });
     try {
       const committed = await client.list('kind==committed');
       const parents = new Set(committed.map(({ parent }) => parent));
