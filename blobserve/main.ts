@@ -296,7 +296,7 @@ async function main(): Promise<void> {
       log,
     }),
   );
-  // FUSE's descriptor is the connection of the process that serves.
+  // FUSE's connection has one reader, the process that serves: there is no second one to rehearse with.
   await rehearseUntil(told, [rehearseExchange, ...(options.attach === 'nbd' ? [rehearseDevice] : [])], log);
   const socket = await ControlSocket.bind(controlServer, layout.controlSocket);
   // A process that stands by waits here, with all that needs no device behind it.

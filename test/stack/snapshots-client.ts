@@ -4,7 +4,7 @@
 import * as grpc from '@grpc/grpc-js';
 import type { snapshots } from '../../proto/messages.js';
 import { snapshotsService } from '../../proto/service.js';
-import { unaryCall } from '../../proto/unary-call.js';
+import { unaryCall, type UnaryMethod } from '../../proto/unary-call.js';
 import { patience } from '../patience.js';
 
 /** Milliseconds: a call that hangs fails its test, by name. */
@@ -28,41 +28,39 @@ export class SnapshotsClient {
   }
 
   prepare(key: string, parent = '', labels: Record<string, string> = {}) {
-    return unaryCall(this.#client, snapshotsService.prepare, { key, parent, labels }, PREPARE_TIMEOUT);
+    return this.#call(snapshotsService.prepare, { key, parent, labels }, PREPARE_TIMEOUT);
   }
 
   view(key: string, parent = '', labels: Record<string, string> = {}) {
-    const request = { snapshotter: this.#snapshotter, key, parent, labels };
-    return unaryCall(this.#client, snapshotsService.view, request, TIMEOUT, this.#metadata);
+    return this.#call(snapshotsService.view, { key, parent, labels });
   }
 
   mounts(key: string) {
-    return unaryCall(this.#client, snapshotsService.mounts, { key }, TIMEOUT);
+    return this.#call(snapshotsService.mounts, { key });
   }
 
   commit(name: string, key: string, labels: Record<string, string> = {}, parent = '') {
-    return unaryCall(this.#client, snapshotsService.commit, { name, key, labels, parent }, TIMEOUT);
+    return this.#call(snapshotsService.commit, { name, key, labels, parent });
   }
 
   remove(key: string) {
-    const request = { snapshotter: this.#snapshotter, key };
-    return unaryCall(this.#client, snapshotsService.remove, request, TIMEOUT, this.#metadata);
+    return this.#call(snapshotsService.remove, { key });
   }
 
   stat(key: string) {
-    return unaryCall(this.#client, snapshotsService.stat, { key }, TIMEOUT);
+    return this.#call(snapshotsService.stat, { key });
   }
 
   update(info: snapshots.Info.$Properties, paths: string[]) {
-    return unaryCall(this.#client, snapshotsService.update, { info, updateMask: { paths } }, TIMEOUT);
+    return this.#call(snapshotsService.update, { info, updateMask: { paths } });
   }
 
   usage(key: string) {
-    return unaryCall(this.#client, snapshotsService.usage, { key }, TIMEOUT);
+    return this.#call(snapshotsService.usage, { key });
   }
 
   cleanup() {
-    return unaryCall(this.#client, snapshotsService.cleanup, {}, TIMEOUT);
+    return this.#call(snapshotsService.cleanup, {});
   }
 
   async list(...filters: string[]): Promise<snapshots.Info[]> {
@@ -71,7 +69,8 @@ export class SnapshotsClient {
       path,
       requestSerialize,
       responseDeserialize as (bytes: Buffer) => snapshots.ListSnapshotsResponse,
-      { filters },
+      { filters, snapshotter: this.#snapshotter },
+      this.#metadata,
       { deadline: Date.now() + TIMEOUT },
     );
     const infos: snapshots.Info[] = [];
@@ -83,5 +82,14 @@ export class SnapshotsClient {
 
   close(): void {
     this.#client.close();
+  }
+
+  #call<RequestIn, Request, ResponseIn, Response>(
+    method: UnaryMethod<RequestIn, Request, ResponseIn, Response>,
+    request: RequestIn,
+    timeoutMs = TIMEOUT,
+  ): Promise<Response> {
+    const whole = { ...request, snapshotter: this.#snapshotter };
+    return unaryCall(this.#client, method, whole, timeoutMs, this.#metadata);
   }
 }

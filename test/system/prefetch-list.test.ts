@@ -19,6 +19,7 @@ import { patience } from '../patience.js';
 import type { Registry } from '../stack/registry.js';
 import { ClassicNode } from './classic-node.js';
 import { missingForSystemTests } from './requirements.js';
+import { testUnless } from './test-unless.js';
 
 const missing = await missingForSystemTests();
 /** Of the cache. */
@@ -40,11 +41,7 @@ record_time = "2s"
 `;
 const COMMAND = ['sh', '-c', 'cat /data/size-400000 /data/size-65537 /etc/motd | sha256sum'];
 
-const test = (name: string, body: () => Promise<void>): void =>
-  it(name, async (context) => {
-    if (missing !== undefined) return context.skip(missing);
-    await body();
-  });
+const test = testUnless(missing);
 
 const logOf = (node: ClassicNode): Promise<string> =>
   readFile(path.join(node.stack.directory, 'erofs-nbd.log'), 'utf8');
@@ -157,9 +154,11 @@ describe.each(['erofs', 'tar+gzip'] as const)('a start of an image of %s layers'
     expect(fetched(first.registry, image).bytes - now.bytes).toBeLessThanOrEqual(4 * SPAN);
   });
 
-  // Layers that need no index have no artifact to be named but for the list.
-  const testOfIndexed = format === 'erofs' ? it.skip : test;
-  testOfIndexed(
+  const unlisted =
+    format === 'erofs'
+      ? 'layers that need no index have no artifact to be named but for the list'
+      : undefined;
+  testUnless(missing ?? unlisted)(
     'has its bytes on a fresh node too when the image’s manifest names the artifact',
     async () => {
       const text = await publish(first, reference, '--attach-by-annotation', 'named');
