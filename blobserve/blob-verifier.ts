@@ -20,7 +20,6 @@ export interface BlobVerifierOptions {
   readonly directory: string;
   /** Directory of all cache files. */
   readonly cacheDirectory: string;
-  readonly spanSize: number;
   /** Default: hashBlob on a thread. */
   readonly hash?: (request: BlobHashRequest) => Promise<BlobHashes>;
 }
@@ -29,6 +28,8 @@ export interface VerifiedBlob {
   readonly digest: string;
   /** Bytes. */
   readonly size: number;
+  /** Bytes of a span of its cache file. */
+  readonly spanSize: number;
   /** Where its bytes come from, for messages: `registry.example/app`. */
   readonly source: string;
   readonly log: Logger;
@@ -45,8 +46,8 @@ export class BlobVerifier {
 
   /** What is known of a blob. A file that cannot be used is removed, with a line in the log. */
   async knowledge(blob: VerifiedBlob): Promise<BlobKnowledge> {
-    const file = this.#file(blob.digest);
-    const { spanSize } = this.#options;
+    const file = this.file(blob.digest);
+    const { spanSize } = blob;
     let digests: SpanDigests | undefined;
     try {
       digests = await SpanDigests.open(file, { size: blob.size, spanSize });
@@ -75,11 +76,11 @@ export class BlobVerifier {
   }
 
   async #verify(knowledge: BlobKnowledge, cache: CacheReader): Promise<boolean> {
-    const { digest, size, source, log } = knowledge.blob;
-    const { spanSize, cacheDirectory, hash = hashOnThread } = this.#options;
+    const { digest, size, spanSize, source, log } = knowledge.blob;
+    const { cacheDirectory, hash = hashOnThread } = this.#options;
     if (knowledge.digests !== undefined) return true;
     if (!cache.allCached) return false;
-    const file = this.#file(digest);
+    const file = this.file(digest);
     const [data] = cachePaths(cacheDirectory, digest);
     const [algorithm = ''] = digest.split(':');
     const startedAt = performance.now();
@@ -123,7 +124,8 @@ export class BlobVerifier {
     throw error;
   }
 
-  #file(digest: string): string {
+  /** Where the digests of a blob's spans are, when they are known. */
+  file(digest: string): string {
     // Checked: nothing but `algorithm:hex` becomes a path.
     const [data] = cachePaths(this.#options.directory, digest);
     return path.join(path.dirname(data), path.basename(data, '.data'));

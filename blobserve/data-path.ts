@@ -54,6 +54,8 @@ export interface LayerPath {
   readonly blob: LayerBlob | undefined;
   /** What of the blob a part of the device is made of; undefined: nothing of it, or it is not known. */
   readonly blobPart: (offset: number, length: number) => BlobPart | undefined;
+  /** Whether the published index that it was opened with has turned out to be wrong: opened anew, it gets another. */
+  indexRefused(): boolean;
   /** The blob may be had from these images too. */
   alsoFrom(source: Source): void;
   close(): Promise<void>;
@@ -150,7 +152,7 @@ export class LayerPaths {
     record: LayerIndexRecord,
     tar: BlobReader,
     { cache, log }: LayerBlob,
-    guard: GuardReader,
+    refuse: (error: ReadError) => void,
     signal: AbortSignal,
   ): Promise<boolean> {
     try {
@@ -161,7 +163,7 @@ export class LayerPaths {
       if (signal.aborted) return false;
       if (error instanceof ReadError && error.kind === 'corrupt') {
         log.error({ err: error }, 'a published index is refused');
-        guard.refuse(error);
+        refuse(error);
       } else log.warn({ err: error }, 'a published index could not be confirmed; the next start tries again');
       return false;
     }
@@ -274,10 +276,15 @@ export class LayerPaths {
       const device = new SwitchReader(name, whole);
       const path = this.#path(blob, device, indexing);
       const ended = new AbortController();
+      let refused = false;
+      const refuse = (error: ReadError): void => {
+        refused = true;
+        path.guard.refuse(error);
+      };
       const confirmed =
         record.origin === undefined
           ? Promise.resolve(true)
-          : this.#confirmWhenComplete(source, record, tar, blob, path.guard, ended.signal);
+          : this.#confirmWhenComplete(source, record, tar, blob, refuse, ended.signal);
       const forget =
         record.compression === 'gzip' && record.chunksDigest === undefined
           ? this.#materialise(record, files, device, blob, confirmed)
@@ -288,6 +295,7 @@ export class LayerPaths {
       return {
         ...path,
         blobPart,
+        indexRefused: () => refused,
         close: () => {
           ended.abort();
           forget();
@@ -353,6 +361,7 @@ export class LayerPaths {
       blob: undefined,
       blobPart: () => undefined,
       statistics: () => ({ cachedBytes: device.size, fetchedBytes: 0, requests: 0, misses: 0 }),
+      indexRefused: () => false,
       alsoFrom: () => undefined,
       close: () => guard.close(),
     };
@@ -400,6 +409,7 @@ export class LayerPaths {
         requests: (before?.requests ?? 0) + blob.range.traffic.requests,
         misses: blob.cache.statistics.misses,
       }),
+      indexRefused: () => false,
       alsoFrom: (source) => blob.range.alsoFrom(referencesOf(source)),
       close: () => {
         end();

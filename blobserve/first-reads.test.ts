@@ -8,6 +8,8 @@ const log = createLogger('test', 'error', 'text');
 /** A blob whose requests the test answers. */
 class Blob implements FirstReadsBlob {
   closed = false;
+  /** How many say that they know what will be read. */
+  guides = 0;
   readonly waiting: { offset: number; length: number; end: (error?: Error) => void }[] = [];
 
   constructor(
@@ -15,6 +17,10 @@ class Blob implements FirstReadsBlob {
     readonly size: number,
     readonly asked: string[],
   ) {}
+
+  guide(known: boolean): void {
+    this.guides += known ? 1 : -1;
+  }
 
   fill(offset: number, length: number): Promise<number> {
     this.asked.push(`${this.name}:${offset}+${length}`);
@@ -56,7 +62,10 @@ describe('what is fetched ahead of a start', () => {
     ]);
     expect(asked).toEqual(['a:0+50']);
     expect(reads.isStreaming('image')).toBe(true);
+    reads.stream('image', a, [{ rank: 3, offset: 650, length: 0 }]);
+    expect([a.guides, b.guides]).toEqual([1, 1]);
     await answer(a, b);
+    expect([a.guides, b.guides]).toEqual([0, 0]);
     expect(asked).toEqual(['a:0+50', 'b:100+30', 'a:500+100', 'a:600+50']);
     expect(reads.isStreaming('image')).toBe(false);
   });

@@ -19,6 +19,8 @@ export interface FirstReadsBlob {
   readonly size: number;
   readonly closed: boolean;
   fill(offset: number, length: number, urgency: 'ahead'): Promise<number>;
+  /** Told, and told when that is over, that what will be read is known and being fetched. */
+  guide?(known: boolean): void;
 }
 
 export interface FirstReadsOptions {
@@ -41,6 +43,8 @@ interface Piece extends FirstPart {
 interface Stream {
   /** By rank. */
   pieces: Piece[];
+  /** Those that have been told of it. */
+  readonly blobs: Set<FirstReadsBlob>;
   underWay: number;
   /** Bytes asked for so far. */
   asked: number;
@@ -67,8 +71,12 @@ export class FirstReads {
     if (this.#closed || blob.closed || parts.length === 0) return;
     let stream = this.#streams.get(image);
     if (stream === undefined) {
-      stream = { pieces: [], underWay: 0, asked: 0, fetched: 0, requests: 0 };
+      stream = { pieces: [], blobs: new Set(), underWay: 0, asked: 0, fetched: 0, requests: 0 };
       this.#streams.set(image, stream);
+    }
+    if (!stream.blobs.has(blob)) {
+      stream.blobs.add(blob);
+      blob.guide?.(true);
     }
     const pieces = parts.flatMap((part) => this.#cut(part, blob));
     stream.pieces = [...stream.pieces, ...pieces].sort((a, b) => a.rank - b.rank);
@@ -119,6 +127,7 @@ export class FirstReads {
     }
     if (stream.underWay > 0 || stream.pieces.length > 0 || this.#streams.get(image) !== stream) return;
     this.#streams.delete(image);
+    for (const blob of stream.blobs) blob.guide?.(false);
     log.info({ image, fetched: stream.fetched, requests: stream.requests }, 'fetched ahead of its start');
   }
 

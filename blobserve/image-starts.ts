@@ -37,6 +37,8 @@ interface OpenLayer {
   readonly path: LayerPath;
 }
 
+/** Bytes between two spans of a list that are fetched along with them, where `cache.span_size` is not less. */
+const GAP = 64 * 1024;
 /** Images whose list is remembered, and for how many milliseconds. */
 const IMAGES_MAX = 64;
 const KEPT_MS = 10 * 60_000;
@@ -180,6 +182,7 @@ export class ImageStarts {
   async #find(source: Source, image: string): Promise<PrefetchList> {
     const { records, published, lookup, configuration, log } = this.#options;
     const { max_bytes: maxBytes, max_spans: maxSpans, range } = configuration.prefetch;
+    const gap = Math.min(GAP, configuration.cache.span_size);
     const own = await records.list(image).catch((error: unknown) => {
       log.warn({ image, reason: String(error) }, 'a record of what starts read is not used');
       return undefined;
@@ -193,7 +196,7 @@ export class ImageStarts {
     const { foreign, cut } = usable;
     if (foreign > 0) log.info({ image, spans: foreign }, 'spans of layers that the image does not have');
     if (cut > 0) log.info({ image, bytes: cut, maxBytes, maxSpans }, 'a prefetch list is used in part');
-    const merged = mergeSpans(usable.list, { gap: configuration.cache.span_size, most: range });
+    const merged = mergeSpans(usable.list, { gap, most: range });
     const about = { image, recordedHere: own !== undefined, spans: merged.length, bytes: bytesOf(merged) };
     log.info(about, 'what its start reads is known');
     return merged;

@@ -63,8 +63,8 @@ interface Node {
 }
 
 /** A data plane without devices. */
-async function node(settings = ''): Promise<Node> {
-  const text = `[cache]\nspan_size = "4KiB"\nmin_free = "0B"\n[fetch]\nmax_range = "16KiB"\nreadahead = "0B"\nread_deadline = "1s"\n${settings}`;
+async function node(settings = '', spans = '4KiB'): Promise<Node> {
+  const text = `[cache]\nspan_size = "${spans}"\nmin_free = "0B"\n[fetch]\nmax_range = "16KiB"\nreadahead = "0B"\nread_deadline = "1s"\n${settings}`;
   const configuration = parseConfiguration(text, 'test');
   const blobs = new LayerBlobs({
     configuration,
@@ -279,6 +279,28 @@ describe('a cache file that was changed by hand', () => {
     expect(said('THE REGISTRY')).toBe(0);
     expect((await bytesOf(path, 0, SIZE)).equals(image)).toBe(true);
     expect(path.statistics().fetchedBytes).toBe(2 * SPAN);
+  });
+});
+
+describe('the spans of a blob', () => {
+  it('are as its files were made, whatever new ones are made with', async () => {
+    const first = await node(NOW);
+    await first.open();
+    await expect.poll(() => said('complete and verified'), QUIET).toBe(1);
+    await stop(first);
+    server.requests.length = 0;
+    // By the map, then by the digests alone.
+    const settings = '[background]\ndownload = false\n';
+    const second = await node(settings, '16KiB');
+    expect((await bytesOf(await second.open(), 0, SIZE)).equals(image)).toBe(true);
+    await stop(second);
+    expect(server.requests).toEqual([]);
+    rmSync(join(dir, 'cache'), { recursive: true });
+    server.failAlways('/blobs/', flipAt(9 * SPAN));
+    const third = await node(settings, '16KiB');
+    const path = await third.open();
+    expect((await bytesOf(path, 20 * SPAN, SPAN)).equals(image.subarray(20 * SPAN, 21 * SPAN))).toBe(true);
+    await expect(bytesOf(path, 9 * SPAN, SPAN)).rejects.toThrow(/span 9, 4096 bytes/);
   });
 });
 

@@ -4,6 +4,7 @@
  */
 import { mkdir } from 'node:fs/promises';
 import { setTimeout as delay } from 'node:timers/promises';
+import { LRUCache } from 'lru-cache';
 import type { Configuration } from '../daemon/configuration.js';
 import type { Logger } from '../daemon/log.js';
 import type { control } from '../proto/messages.js';
@@ -18,6 +19,9 @@ import { FetchSlots } from './readers/fetch-slots.js';
 import { ReadingRecord } from './readers/reading-record.js';
 import { RegistryRangeReader } from './readers/registry-range.js';
 import { RetryReader } from './readers/retry.js';
+import { MAX_SPANS } from './readers/span-map.js';
+import { spanSizeOf } from './readers/span-size.js';
+import { cachePaths } from './readers/span-store.js';
 import { ImageReferenceError, parseReference, registryHost, type Reference } from './registry/reference.js';
 import type { RegistryClient } from './registry/registry-client.js';
 
@@ -48,6 +52,11 @@ const AHEAD_MS = 60_000;
 /** Blobs that are open ahead at most. */
 const AHEAD_MAX = 64;
 
+/** Bytes of a span of new cache files, or `cache.span_size` where that is less: what a list of first reads is exact to. */
+const SPAN = 64 * 1024;
+/** Blobs whose span size is remembered. */
+const SPAN_SIZES_MAX = 4096;
+
 /** Milliseconds between two attempts to verify a blob that were in the way of something. */
 const VERIFY_RETRY = 30_000;
 
@@ -64,6 +73,8 @@ export class LayerBlobs {
   readonly #opened = new Map<string, LayerBlob[]>();
   /** By digest: opened before anybody can use them, until they are taken. */
   readonly #ahead = new Map<string, { readonly imageRef: string; readonly blob: Promise<LayerBlob> }>();
+  /** By digest. */
+  readonly #spanSizes = new LRUCache<string, Promise<number>>({ max: SPAN_SIZES_MAX });
   /** Digests of blobs that are being opened to be used. */
   readonly #taking = new Set<string>();
 
@@ -89,7 +100,6 @@ export class LayerBlobs {
     this.verifier = new BlobVerifier({
       directory: options.digestsDirectory,
       cacheDirectory: options.cacheDirectory,
-      spanSize: cache.span_size,
       ...(options.hash && { hash: options.hash }),
     });
   }
@@ -177,9 +187,11 @@ export class LayerBlobs {
       },
     });
     const name = `${host}/${reference.repository}`;
+    const spanSize = await this.#spanSize(digest, size);
     const knowledge = await this.verifier.knowledge({
       digest,
       size,
+      spanSize,
       get source() {
         return range.source;
       },
@@ -192,7 +204,8 @@ export class LayerBlobs {
       dir: cacheDirectory,
       digest,
       name: `blob ${digest} of ${name}`,
-      spanSize: configuration.cache.span_size,
+      spanSize,
+      minRangeBytes: configuration.cache.span_size,
       maxRangeBytes: configuration.fetch.max_range,
       buffers: this.#buffers,
       slots,
@@ -281,6 +294,21 @@ export class LayerBlobs {
       if (signal.aborted || (await this.verifier.verify(knowledge, cache))) return;
       await delay(VERIFY_RETRY, undefined, { signal, ref: false });
     }
+  }
+
+  /** The same for all who have the blob open, and as its files were made. */
+  #spanSize(digest: string, size: number): Promise<number> {
+    const known = this.#spanSizes.get(digest);
+    if (known !== undefined) return known;
+    const { cacheDirectory, configuration } = this.#options;
+    const [, map] = cachePaths(cacheDirectory, digest);
+    const { span_size: most } = configuration.cache;
+    const fine = Math.min(SPAN, most);
+    const finding = spanSizeOf([map, this.verifier.file(digest)]).then(
+      (found) => found ?? (size / fine > MAX_SPANS ? most : fine),
+    );
+    this.#spanSizes.set(digest, finding);
+    return finding;
   }
 
   #slotsOf(host: string): FetchSlots {

@@ -36,6 +36,7 @@ class Node {
           record: new ReadingRecord(),
           blob: undefined,
           blobPart: () => undefined,
+          indexRefused: () => false,
           statistics: () => ({ cachedBytes: 0, fetchedBytes: 0, requests: 0, misses: 0 }),
           alsoFrom: ({ imageRef }) => void this.sources.push(imageRef ?? ''),
           close: () => Promise.resolve(void (this.closed += 1)),

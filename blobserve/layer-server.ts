@@ -224,5 +224,6 @@ function describe(layerId: number, served: Served, backend: AttachBackend): cont
     blobSize: source.size ?? 0,
     kind: source.kind ?? control.LayerKind.LAYER_KIND_UNSPECIFIED,
     statistics: { ...device.statistics(), ...path.statistics() },
+    indexRefused: path.indexRefused(),
   };
 }

@@ -76,6 +76,11 @@ async function waitingLayers(client: BlobServeClient, devices: readonly DeviceRo
   return waiting;
 }
 
+/** Whether a layer was mounted once, with the device of this row or one before it. */
+function wasMounted(row: DeviceRow | undefined): boolean {
+  return row !== undefined && (row.state === 'mounted' || row.mountPoint !== null);
+}
+
 /** Identifiers of all nbd devices that the kernel has, whoever serves them. */
 async function keptIdentifiers(): Promise<ReadonlySet<string | undefined>> {
   return new Set(
@@ -363,6 +368,31 @@ export class LayerAttachments {
 
   async #ensure(layerId: number): Promise<void> {
     if (this.#ready.has(layerId)) return;
+    const before = this.#layers.device(layerId);
+    try {
+      await this.#attachAndMount(layerId);
+    } catch (error) {
+      // What was mounted before may be in use, with what the kernel has read of it.
+      if (!(error instanceof MountError) || wasMounted(before) || !(await this.#isIndexRefused(layerId)))
+        throw error;
+      const { digest } = this.#layers.get(layerId);
+      this.#log.warn(
+        { layer: digest, err: error },
+        'its published index was refused while it was being mounted; attaching it with another',
+      );
+      await this.#detach(layerId);
+      await this.#attachAndMount(layerId);
+    }
+  }
+
+  /** Whether the data plane has found out, since it attached the layer, that its published index is wrong. */
+  async #isIndexRefused(layerId: number): Promise<boolean> {
+    const dataPlane = await this.#options.dataPlane();
+    const { devices } = await dataPlane.call((client) => client.list());
+    return devices.some((device) => device.layerId === layerId && device.indexRefused === true);
+  }
+
+  async #attachAndMount(layerId: number): Promise<void> {
     const layer = this.#layers.get(layerId);
     const dataPlane = await this.#options.dataPlane();
     const { backend } = dataPlane;
@@ -376,7 +406,7 @@ export class LayerAttachments {
         layerId,
         identifier,
         nbdIndex: before?.bootId === bootId ? before.nbdIndex : null,
-        checked: before !== undefined && (before.state === 'mounted' || before.mountPoint !== null),
+        checked: wasMounted(before),
       }),
     );
     await this.#mount(layer, device, {

@@ -283,6 +283,32 @@ describe('a cache that verifies', () => {
     expect(seen.filter(([span]) => span === 1)).toHaveLength(4);
   });
 
+  it('asks again for adjacent spans together, and each time for those only that are wrong still', async () => {
+    const wrong = [
+      [1, 2, 3, 6],
+      [2, 3],
+    ];
+    const tries = new Map<number, number>();
+    const verify = (span: number) => {
+      const attempt = tries.get(span) ?? 0;
+      tries.set(span, attempt + 1);
+      if (wrong[attempt]?.includes(span)) throw new ReadError('corrupt', `span ${span} is wrong`);
+      return true;
+    };
+    const next = new ScriptedReader(8 * SPAN, 'at once');
+    const reader = await open(next, { verify });
+    await expectRead(reader, 0, 8 * SPAN);
+    expect(next.asked).toEqual([
+      [0, 8 * SPAN],
+      [SPAN, 3 * SPAN],
+      [6 * SPAN, SPAN],
+      [2 * SPAN, 2 * SPAN],
+    ]);
+    await reader.settled();
+    await expectRead(reader, 0, 8 * SPAN);
+    expect(next.asked).toHaveLength(4);
+  });
+
   it('waits for a verification that takes its time', async () => {
     let decide: ((error?: Error) => void) | undefined;
     const verify = () =>
@@ -357,6 +383,45 @@ describe('a cache with hints', () => {
     expect(reader.readNow(target, 0)).toBe(true);
     expect(target.equals(truth(0, 4 * SPAN))).toBe(true);
     expect(idle.asked).toEqual([]);
+  });
+});
+
+describe('a cache that fetches more than a span at least', () => {
+  const rounding = { minRangeBytes: 4 * SPAN, maxRangeBytes: 4 * SPAN };
+
+  it('has what lies around a read come along, up to multiples of that, and of it what is missing', async () => {
+    const next = new ScriptedReader(18 * SPAN, 'at once');
+    const reader = await open(next, rounding);
+    await expectRead(reader, 6 * SPAN + 5, 10);
+    expect(next.asked).toEqual([[4 * SPAN, 4 * SPAN]]);
+    // Across a border: no more than one request may have. At the end: what there is.
+    await expectRead(reader, 11 * SPAN + 5, 2 * SPAN - 10);
+    await expectRead(reader, 17 * SPAN, 1);
+    expect(next.asked.slice(1)).toEqual([
+      [11 * SPAN, 4 * SPAN],
+      [16 * SPAN, 2 * SPAN],
+    ]);
+    await expectRead(reader, 9 * SPAN, 1);
+    expect(next.asked.slice(3)).toEqual([[8 * SPAN, 3 * SPAN]]);
+  });
+
+  it('fetches what is wanted and no more, and nothing behind it, while it is known what will be read', async () => {
+    const next = new ScriptedReader(16 * SPAN, 'at once');
+    const reader = await open(next, rounding);
+    reader.guide(true);
+    reader.willNeed(8 * SPAN, 4 * SPAN);
+    await expectRead(reader, 6 * SPAN + 5, 10);
+    await reader.settled();
+    expect(next.asked).toEqual([[6 * SPAN, SPAN]]);
+    reader.guide(false);
+    await expectRead(reader, 4 * SPAN, 10);
+    reader.willNeed(8 * SPAN, 4 * SPAN);
+    await expect
+      .poll(() => next.asked.slice(1))
+      .toEqual([
+        [4 * SPAN, 2 * SPAN],
+        [8 * SPAN, 4 * SPAN],
+      ]);
   });
 });
 

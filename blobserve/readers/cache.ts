@@ -21,8 +21,10 @@ export interface CacheReaderOptions {
   digest: string;
   /** What it is, and where from, for messages; default: `blob`, and its digest. */
   name?: string;
-  /** Bytes of a span: the least that is fetched. Default 256 KiB. */
+  /** Bytes of a span: the least that can be fetched. Default 256 KiB. */
   spanSize?: number;
+  /** Bytes that a read that misses has fetched at least, from a multiple of it on. Default: a span. */
+  minRangeBytes?: number;
   /** Bytes of one request at most. Default 4 MiB. */
   maxRangeBytes?: number;
   /** The memory that fetched bytes pass through; one for all caches of the process bounds them together.
@@ -152,6 +154,7 @@ export class CacheReader implements BlobReader {
         buffers: options.buffers ?? new BufferPool(DEFAULTS.maxBytesInFlight),
         slots: options.slots,
         spanSize,
+        minRangeBytes: options.minRangeBytes ?? spanSize,
         maxRangeBytes: options.maxRangeBytes ?? DEFAULTS.maxRangeBytes,
         maxBackgroundRequests: options.maxBackgroundRequests ?? DEFAULTS.maxBackgroundRequests,
         uncachedBytes: options.uncachedBytes ?? DEFAULTS.uncachedBytes,
@@ -225,6 +228,14 @@ export class CacheReader implements BlobReader {
     if (this.#closing !== undefined || !(length > 0) || !(offset < this.size)) return;
     const first = Math.floor(Math.max(0, offset) / this.#spanSize);
     this.#requests.hint(first, Math.ceil(Math.min(offset + length, this.size) / this.#spanSize));
+  }
+
+  /**
+   * It is known what will be read, and being fetched: until that is over, reads that miss get what they want and no more, and
+   * nothing is fetched behind them. Whoever has said `true` says `false` once.
+   */
+  guide(known: boolean): void {
+    this.#requests.guide(known);
   }
 
   /**

@@ -28,6 +28,8 @@ export interface SpanRequestsOptions {
   slots: FetchSlots | undefined;
   /** Bytes. */
   spanSize: number;
+  /** Bytes that are asked for at least, from a multiple of it on, for what somebody waits for. */
+  minRangeBytes: number;
   /** Bytes of one request at most; at least one span is asked for. */
   maxRangeBytes: number;
   /** Requests under way for hints. */
@@ -64,6 +66,13 @@ interface PendingSpan {
 interface SpanRange {
   first: number;
   end: number;
+}
+
+/** A span whose bytes are not the right ones, and where they are. */
+interface WrongSpan {
+  readonly span: number;
+  readonly bytes: Buffer;
+  readonly error: ReadError;
 }
 
 /** A download that no reader waits for: resolves with how many bytes came, when all that were missing have. */
@@ -106,6 +115,9 @@ export class SpanRequests {
   readonly #store: SpanStore;
   readonly #spanSize: number;
   readonly #rangeSpans: number;
+  readonly #leastSpans: number;
+  /** How many know what will be read. */
+  #guides = 0;
   readonly #buffers: BufferPool;
 
   readonly #pending = new Map<number, PendingSpan>();
@@ -126,7 +138,7 @@ export class SpanRequests {
 
   /** @throws {RangeError} when a span does not fit in a buffer */
   constructor(options: SpanRequestsOptions) {
-    const { next, store, spanSize, buffers, maxRangeBytes, uncachedBytes } = options;
+    const { next, store, spanSize, buffers, minRangeBytes, maxRangeBytes, uncachedBytes } = options;
     if (spanSize > buffers.maxBufferBytes) {
       throw new RangeError(
         `span of ${spanSize} bytes: ${buffers.maxBytes} bytes of memory give buffers of ${buffers.maxBufferBytes} at most`,
@@ -141,6 +153,7 @@ export class SpanRequests {
     this.#store = store;
     this.#spanSize = spanSize;
     this.#rangeSpans = Math.max(1, Math.floor(Math.min(maxRangeBytes, buffers.maxBufferBytes) / spanSize));
+    this.#leastSpans = Math.min(this.#rangeSpans, Math.max(1, Math.floor(minRangeBytes / spanSize)));
     this.#buffers = buffers;
     this.#uncached = new LRUCache({
       maxSize: Math.max(spanSize, uncachedBytes),
@@ -177,7 +190,7 @@ export class SpanRequests {
   /** Fetches spans [first, end) when there is time, the newest hint first. */
   hint(first: number, end: number): void {
     // What can not be kept would push out of memory what was wanted.
-    if (this.#store.suspended) return;
+    if (this.#store.suspended || this.#guides > 0) return;
     while (first < end && !this.#lacks(first)) first++;
     if (first >= end) return;
     const last = this.#hints.at(-1);
@@ -199,6 +212,12 @@ export class SpanRequests {
       this.#fills[urgency].queue.push({ first, end, fetched: 0, underWay: 0, resolve, reject });
       this.start();
     });
+  }
+
+  /** Somebody knows what will be read and fetches it, or does so no more. */
+  guide(known: boolean): void {
+    this.#guides += known ? 1 : -1;
+    if (known) this.#hints.length = 0;
   }
 
   /** Somebody reads spans [first, end): those that were fetched ahead have been of use. */
@@ -299,11 +318,12 @@ export class SpanRequests {
     }
     for (let range = this.#wanted[0]; range !== undefined; range = this.#wanted[0]) {
       if (!this.#connect('wanted')) return;
-      const asked = range.end;
+      const asked = { ...range };
+      this.#round(range);
       this.#extend(range);
       let buffer = this.#buffers.take(this.#rangeLength(range), 'wanted');
-      if (buffer === undefined && range.end > asked) {
-        range.end = asked;
+      if (buffer === undefined && range.end - range.first > asked.end - asked.first) {
+        Object.assign(range, asked);
         buffer = this.#buffers.take(this.#rangeLength(range), 'wanted');
       }
       if (buffer === undefined) {
@@ -312,13 +332,29 @@ export class SpanRequests {
         return;
       }
       this.#wanted.shift();
-      for (let span = asked; span < range.end; span++) this.#pending.set(span, newPending());
+      for (let span = range.first; span < range.end; span++) {
+        if (span < asked.first || span >= asked.end) this.#pending.set(span, newPending());
+      }
       this.#track(this.#fetch(range, buffer, 'wanted'));
     }
     while (this.#backgroundUnderWay < this.#options.maxBackgroundRequests && this.#startHint());
     this.#startFills('ahead');
     this.#startFills('background');
   };
+
+  /** Takes what is missing around a range along, up to multiples of the least that is asked for: neighbours are read together. */
+  #round(range: SpanRange): void {
+    if (this.#guides > 0) return;
+    const least = this.#leastSpans;
+    const first = Math.floor(range.first / least) * least;
+    const end = Math.min(Math.ceil(range.end / least) * least, this.#store.spanCount);
+    while (range.end < end && range.end - range.first < this.#rangeSpans && this.#fetchable(range.end))
+      range.end++;
+    while (range.first > first && range.end - range.first < this.#rangeSpans) {
+      if (!this.#fetchable(range.first - 1)) break;
+      range.first--;
+    }
+  }
 
   /** Takes readahead that begins where the range ends along with it: its bytes come behind those that are waited for. */
   #extend(range: SpanRange): void {
@@ -499,6 +535,7 @@ export class SpanRequests {
     const offset = range.first * this.#spanSize;
     const bytes = buffer.subarray(0, this.#rangeLength(range));
     const kept: Promise<void>[] = [];
+    const wrong: WrongSpan[] = [];
     let filled = 0;
     let span = range.first;
     const arrived = (count: number): void => {
@@ -511,7 +548,7 @@ export class SpanRequests {
         const from = span * this.#spanSize - offset;
         const to = from + this.#store.spanLength(span);
         if (to > filled) return;
-        kept.push(this.#keep(span, bytes.subarray(from, to), failed));
+        kept.push(this.#keep(span, bytes.subarray(from, to), wrong, failed));
       }
     };
     this.requests++;
@@ -530,17 +567,31 @@ export class SpanRequests {
     // What the disk is doing takes no connection.
     this.#disconnect();
     await Promise.all(kept);
+    await this.#askAgain(wrong, { bytes, offset }, failed);
     this.#buffers.release(buffer);
   }
 
-  /** Hands a span that has come to all who wait for it, then to the disk. Never rejects. */
-  async #keep(span: number, bytes: Buffer, failed?: (error: unknown) => void): Promise<void> {
+  /**
+   * Hands a span that has come to all who wait for it, then to the disk. Never rejects.
+   *
+   * @param wrong gets it when its bytes are not the right ones
+   */
+  async #keep(
+    span: number,
+    bytes: Buffer,
+    wrong: WrongSpan[],
+    failed?: (error: unknown) => void,
+  ): Promise<void> {
     if (this.#closed) return;
     try {
       if (this.#options.verify !== undefined || this.#store.evictedCrc(span) !== undefined) {
         await this.#verify(span, bytes);
       }
     } catch (error) {
+      if (error instanceof ReadError && error.kind === 'corrupt') {
+        wrong.push({ span, bytes, error });
+        return;
+      }
       this.#fail(span, error);
       failed?.(error);
       return;
@@ -555,31 +606,62 @@ export class SpanRequests {
     this.#pending.delete(span);
   }
 
-  /**
-   * Compares a span with what is known of it, and asks for it again when it differs: something on the way may have garbled it.
-   *
-   * @throws {ReadError} `corrupt`
-   */
+  /** Compares a span with what is known of it. @throws {ReadError} `corrupt` */
   async #verify(span: number, bytes: Buffer): Promise<void> {
-    const offset = span * this.#spanSize;
-    for (let attempt = 1; ; attempt++) {
-      try {
-        const proven = (await this.#options.verify?.(span, bytes)) ?? false;
-        if (!proven) this.#compareWithEvicted(span, bytes);
-        return;
-      } catch (error) {
-        if (!(error instanceof ReadError) || error.kind !== 'corrupt') throw error;
+    const proven = (await this.#options.verify?.(span, bytes)) ?? false;
+    if (!proven) this.#compareWithEvicted(span, bytes);
+  }
+
+  /**
+   * Asks for spans again that were not the right ones, something on the way may have garbled them: adjacent ones together, so
+   * that a registry that sends wrong bytes is not asked for each piece of them by itself. Never rejects.
+   *
+   * @param request whose bytes they are part of, and where in the blob those begin
+   */
+  async #askAgain(
+    wrong: readonly WrongSpan[],
+    request: { readonly bytes: Buffer; readonly offset: number },
+    failed?: (error: unknown) => void,
+  ): Promise<void> {
+    let spans = wrong;
+    for (let attempt = 1; spans.length > 0; attempt++) {
+      const still: WrongSpan[] = [];
+      const isLast = attempt === VERIFY_ATTEMPTS || this.#closed;
+      const again = adjacent(spans).map(async (run) => {
+        const [first] = run;
+        const last = run.at(-1);
+        if (first === undefined || last === undefined) return;
+        const offset = first.span * this.#spanSize;
+        const length = last.span * this.#spanSize + last.bytes.length - offset;
         const { name, log } = this.#options;
-        log.warn(
-          { blob: name, span, offset, attempt, reason: error.message },
-          'wrong bytes came; they are not used',
-        );
-        this.#next.distrust?.(offset, bytes.length);
-        if (attempt === VERIFY_ATTEMPTS || this.#closed) throw error;
+        const about = { blob: name, span: first.span, offset, length, attempt, reason: first.error.message };
+        log.warn(about, 'wrong bytes came; they are not used');
+        this.#next.distrust?.(offset, length);
+        if (isLast) {
+          this.#failAll(run, undefined, failed);
+          return;
+        }
         this.requests++;
-        await this.#next.read(bytes, offset);
-        this.fetchedBytes += bytes.length;
-      }
+        try {
+          const from = offset - request.offset;
+          await this.#next.read(request.bytes.subarray(from, from + length), offset);
+        } catch (error) {
+          this.#failAll(run, error, failed);
+          return;
+        }
+        this.fetchedBytes += length;
+        await Promise.all(run.map(({ span, bytes }) => this.#keep(span, bytes, still, failed)));
+      });
+      await Promise.all(again);
+      spans = still;
+    }
+  }
+
+  /** @param error of all; undefined: of each its own */
+  #failAll(spans: readonly WrongSpan[], error: unknown, failed?: (error: unknown) => void): void {
+    for (const wrong of spans) {
+      this.#fail(wrong.span, error ?? wrong.error);
+      failed?.(error ?? wrong.error);
     }
   }
 
@@ -614,6 +696,17 @@ export class SpanRequests {
 
 function newPending(): PendingSpan {
   return { bytes: undefined, waiters: [], forgotten: false };
+}
+
+/** Runs of spans that lie side by side, each in order. */
+function adjacent(spans: readonly WrongSpan[]): WrongSpan[][] {
+  const runs: WrongSpan[][] = [];
+  for (const wrong of spans.toSorted((one, other) => one.span - other.span)) {
+    const run = runs.at(-1);
+    if (run?.at(-1)?.span === wrong.span - 1) run.push(wrong);
+    else runs.push([wrong]);
+  }
+  return runs;
 }
 
 const hex = (crc: number): string => crc.toString(16).padStart(8, '0');

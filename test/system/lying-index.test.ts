@@ -1,13 +1,14 @@
 /**
  * An index that somebody has published to lead containers astray, whole and well-formed: two names swapped, every byte the
  * layer's own; or windows that the layer's bytes are not inflated from. It is found out when the layer is complete, and the
- * next pull makes its own.
+ * next pull makes its own; found out while the layer is being mounted, it does not fail the pull.
  */
-import { readFile } from 'node:fs/promises';
+import { readFile, rm } from 'node:fs/promises';
 import path from 'node:path';
 import { gzipSync } from 'node:zlib';
 import { execa } from 'execa';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { layout } from '../../daemon/layout.js';
 import { LayerLookup } from '../../blobserve/layer-lookup.js';
 import { importIndex, ZwinIndex } from '../../blobserve/layer/gzip/zwin.js';
 import {
@@ -29,7 +30,7 @@ import { Stack } from '../stack/stack.js';
 import { missingForSystemTests } from './requirements.js';
 
 const missing = await missingForSystemTests();
-// Nothing is fetched but what is read: a lie that is found out before the layer is mounted fails the mount.
+// Nothing is fetched but what is read: the lie is found out when the test wants it.
 const CONFIGURATION = `version = 1
 [background]
 download = false
@@ -87,6 +88,13 @@ async function changeWindows(directory: string, blob: Buffer): Promise<Lie> {
   await index.close();
   const checkpointsDigest = (await digestFile(checkpoints)).digest;
   return { record: { ...record, checkpointsDigest }, files: { ...files, checkpoints } };
+}
+
+/** Processes that mount for the snapshotter. */
+async function mountChildren(pid: number): Promise<number[]> {
+  const children = (await readFile(`/proc/${pid}/task/${pid}/children`, 'utf8')).split(' ').filter(Boolean);
+  const commands = await Promise.all(children.map((child) => readFile(`/proc/${child}/cmdline`, 'utf8')));
+  return children.map(Number).filter((_, at) => commands[at]?.includes('mount-child'));
 }
 
 describe.each([
@@ -166,5 +174,34 @@ describe.each([
     expect(await read('evil')).toBe(EVIL);
     const { stdout } = await execa('sha256sum', [path.join(await layer(), 'rest')], { timeout: 60_000 });
     expect(`sha256:${stdout.slice(0, 64)}`).toBe(digestOf(Buffer.concat(KILOBYTES)));
+  });
+
+  test('fails no pull when it is found out while the layer is being mounted', async () => {
+    await containerd.ctr('image', 'rm', '--sync', reference);
+    await expect.poll(async () => (await snapshotter.devices())?.length, { timeout: 60_000 }).toBe(0);
+    // The blob stays: it is complete from the start. That the index has lied is forgotten.
+    await rm(layout(snapshotter.plugin.root).index, { recursive: true });
+    const refusals = async (): Promise<number> => (await log()).split('a published index is refused').length;
+    const before = await refusals();
+    // Whoever is to mount stands still until then; those that are started for it, too.
+    const stopped = new Set<number>();
+    const pulled = pull();
+    try {
+      const refused = async (): Promise<number> => {
+        for (const pid of await mountChildren(snapshotter.pid)) {
+          if (stopped.has(pid)) continue;
+          process.kill(pid, 'SIGSTOP');
+          stopped.add(pid);
+        }
+        return refusals();
+      };
+      await expect.poll(refused, { timeout: 60_000, interval: 5 }).toBe(before + 1);
+    } finally {
+      for (const pid of stopped) process.kill(pid, 'SIGCONT');
+    }
+    await pulled;
+    expect(await log()).toContain('refused while it was being mounted');
+    expect(await read('safe')).toBe(SAFE);
+    expect(await read('evil')).toBe(EVIL);
   });
 });
