@@ -405,6 +405,28 @@ describe('a cache that fetches more than a span at least', () => {
     expect(next.asked.slice(3)).toEqual([[8 * SPAN, 3 * SPAN]]);
   });
 
+  it('asks once for what several readers want of it', async () => {
+    const next = new ScriptedReader(16 * SPAN, 'at once');
+    const reader = await open(next, rounding);
+    await Promise.all([7, 4, 6, 9, 11].map((span) => expectRead(reader, span * SPAN + 5, 10)));
+    expect(next.asked).toEqual([
+      [4 * SPAN, 4 * SPAN],
+      [8 * SPAN, 4 * SPAN],
+    ]);
+  });
+
+  it('keeps what several readers want where there is memory for one of them only', async () => {
+    const next = new ScriptedReader(16 * SPAN, 'at once');
+    const buffers = new BufferPool(8 * SPAN);
+    const taken = [3, 3].map(() => buffers.take(3 * SPAN, 'wanted'));
+    const reader = await open(next, { ...rounding, buffers });
+    const reads = Promise.all([4, 6].map((span) => expectRead(reader, span * SPAN + 5, 10)));
+    await turn();
+    for (const buffer of taken) if (buffer !== undefined) buffers.release(buffer);
+    await reads;
+    expect(next.asked.reduce((sum, [, length]) => sum + length, 0)).toBeLessThanOrEqual(4 * SPAN);
+  });
+
   it('fetches what is wanted and no more, and nothing behind it, while it is known what will be read', async () => {
     const next = new ScriptedReader(16 * SPAN, 'at once');
     const reader = await open(next, rounding);

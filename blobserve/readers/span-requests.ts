@@ -319,11 +319,12 @@ export class SpanRequests {
     for (let range = this.#wanted[0]; range !== undefined; range = this.#wanted[0]) {
       if (!this.#connect('wanted')) return;
       const asked = { ...range };
-      this.#round(range);
+      const joined = this.#round(range);
       this.#extend(range);
       let buffer = this.#buffers.take(this.#rangeLength(range), 'wanted');
       if (buffer === undefined && range.end - range.first > asked.end - asked.first) {
         Object.assign(range, asked);
+        this.#wanted.push(...joined);
         buffer = this.#buffers.take(this.#rangeLength(range), 'wanted');
       }
       if (buffer === undefined) {
@@ -333,7 +334,7 @@ export class SpanRequests {
       }
       this.#wanted.shift();
       for (let span = range.first; span < range.end; span++) {
-        if (span < asked.first || span >= asked.end) this.#pending.set(span, newPending());
+        if (!this.#pending.has(span)) this.#pending.set(span, newPending());
       }
       this.#track(this.#fetch(range, buffer, 'wanted'));
     }
@@ -342,18 +343,39 @@ export class SpanRequests {
     this.#startFills('background');
   };
 
-  /** Takes what is missing around a range along, up to multiples of the least that is asked for: neighbours are read together. */
-  #round(range: SpanRange): void {
-    if (this.#guides > 0) return;
+  /**
+   * Takes what is missing around a queued range along, up to multiples of the least that is asked for: neighbours are read
+   * together.
+   *
+   * @returns the queued ranges that became part of it, which are not queued any more
+   */
+  #round(range: SpanRange): SpanRange[] {
+    const joined: SpanRange[] = [];
+    if (this.#guides > 0) return joined;
+    const join = (is: (one: SpanRange) => boolean): SpanRange | undefined => {
+      const at = this.#wanted.findIndex(
+        (one) =>
+          one !== range && is(one) && range.end - range.first + one.end - one.first <= this.#rangeSpans,
+      );
+      const [one] = at < 0 ? [] : this.#wanted.splice(at, 1);
+      if (one !== undefined) joined.push(one);
+      return one;
+    };
     const least = this.#leastSpans;
     const first = Math.floor(range.first / least) * least;
     const end = Math.min(Math.ceil(range.end / least) * least, this.#store.spanCount);
-    while (range.end < end && range.end - range.first < this.#rangeSpans && this.#fetchable(range.end))
-      range.end++;
-    while (range.first > first && range.end - range.first < this.#rangeSpans) {
-      if (!this.#fetchable(range.first - 1)) break;
-      range.first--;
+    while (range.end < end && range.end - range.first < this.#rangeSpans) {
+      const behind = this.#fetchable(range.end) ? range.end + 1 : join((one) => one.first === range.end)?.end;
+      if (behind === undefined) break;
+      range.end = behind;
     }
+    while (range.first > first && range.end - range.first < this.#rangeSpans) {
+      const before = range.first - 1;
+      const from = this.#fetchable(before) ? before : join((one) => one.end === range.first)?.first;
+      if (from === undefined) break;
+      range.first = from;
+    }
+    return joined;
   }
 
   /** Takes readahead that begins where the range ends along with it: its bytes come behind those that are waited for. */
