@@ -14,6 +14,7 @@ import { isClassic, type LayerLookup } from './layer-lookup.js';
 import { bytesOf, listFor, mergeSpans, type PrefetchList, PrefetchListError } from './prefetch-list.js';
 import type { PrefetchRecords } from './prefetch-records.js';
 import type { PublishedIndexes } from './published/published-indexes.js';
+import { NEW_SPAN } from './readers/span-size.js';
 import type { EntrypointReads } from './start/entrypoint-reads.js';
 import type { RecordedLayer } from './start-recordings.js';
 
@@ -37,8 +38,6 @@ interface OpenLayer {
   readonly path: LayerPath;
 }
 
-/** Bytes between two spans of a list that are fetched along with them, where `cache.span_size` is not less. */
-const GAP = 64 * 1024;
 /** Images whose list is remembered, and for how many milliseconds. */
 const IMAGES_MAX = 64;
 const KEPT_MS = 10 * 60_000;
@@ -182,7 +181,8 @@ export class ImageStarts {
   async #find(source: Source, image: string): Promise<PrefetchList> {
     const { records, published, lookup, configuration, log } = this.#options;
     const { max_bytes: maxBytes, max_spans: maxSpans, range } = configuration.prefetch;
-    const gap = Math.min(GAP, configuration.cache.span_size);
+    // What lies between two spans of a list and is no more than a span of the cache is fetched along with them.
+    const gap = Math.min(NEW_SPAN, configuration.cache.span_size);
     const own = await records.list(image).catch((error: unknown) => {
       log.warn({ image, reason: String(error) }, 'a record of what starts read is not used');
       return undefined;

@@ -20,7 +20,7 @@ import { ReadingRecord } from './readers/reading-record.js';
 import { RegistryRangeReader } from './readers/registry-range.js';
 import { RetryReader } from './readers/retry.js';
 import { MAX_SPANS } from './readers/span-map.js';
-import { spanSizeOf } from './readers/span-size.js';
+import { NEW_SPAN, spanSizeOf } from './readers/span-size.js';
 import { cachePaths } from './readers/span-store.js';
 import { ImageReferenceError, parseReference, registryHost, type Reference } from './registry/reference.js';
 import type { RegistryClient } from './registry/registry-client.js';
@@ -52,8 +52,6 @@ const AHEAD_MS = 60_000;
 /** Blobs that are open ahead at most. */
 const AHEAD_MAX = 64;
 
-/** Bytes of a span of new cache files, or `cache.span_size` where that is less: what a list of first reads is exact to. */
-const SPAN = 64 * 1024;
 /** Blobs whose span size is remembered. */
 const SPAN_SIZES_MAX = 4096;
 
@@ -303,7 +301,7 @@ export class LayerBlobs {
     const { cacheDirectory, configuration } = this.#options;
     const [, map] = cachePaths(cacheDirectory, digest);
     const { span_size: most } = configuration.cache;
-    const fine = Math.min(SPAN, most);
+    const fine = Math.min(NEW_SPAN, most);
     const finding = spanSizeOf([map, this.verifier.file(digest)]).then(
       (found) => found ?? (size / fine > MAX_SPANS ? most : fine),
     );

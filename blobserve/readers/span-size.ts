@@ -1,6 +1,9 @@
 /** Bytes of a span that the files of a blob on this node were made with: they stay of use whatever new ones are made with. */
 import { open } from 'node:fs/promises';
 
+/** Bytes of a span of new files, or `cache.span_size` where that is less: what a list of first reads is exact to. */
+export const NEW_SPAN = 64 * 1024;
+
 /** The map of a cache file (span-map.ts) and the digests of spans (span-digests.ts) begin alike: magic, version, bytes of a span. */
 const HEAD = { size: 16, magic: 8, version: 8, spanSize: 12 } as const;
 const MAGICS: ReadonlySet<string> = new Set(['enbdspan', 'enbdsdig']);
