@@ -48,6 +48,26 @@ async function answer(...blobs: Blob[]): Promise<void> {
 }
 
 describe('what is fetched ahead of a start', () => {
+  it('is asked for in several requests at a time, of no more bytes together than two of the longest', async () => {
+    const asked: string[] = [];
+    const a = new Blob('a', 10_000, asked);
+    const parts = Array.from({ length: 6 }, (_, rank) => ({ rank, offset: rank * 1000, length: 60 }));
+    open({ requests: 4 }).stream('image', a, parts);
+    expect(a.waiting).toHaveLength(3);
+    a.waiting.shift()?.end();
+    await new Promise(setImmediate);
+    expect(a.waiting).toHaveLength(3);
+    await answer(a);
+    expect(asked).toEqual(parts.map(({ offset }) => `a:${offset}+60`));
+    const b = new Blob('b', 10_000, []);
+    open({ requests: 4 }).stream(
+      'image',
+      b,
+      parts.map((part) => ({ ...part, length: 10 })),
+    );
+    expect(b.waiting).toHaveLength(4);
+  });
+
   it('comes in the order of its ranks across layers, in ranges that are not too large, and within the blob', async () => {
     const asked: string[] = [];
     const [a, b] = [new Blob('a', 1000, asked), new Blob('b', 130, asked)];

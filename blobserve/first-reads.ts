@@ -26,7 +26,7 @@ export interface FirstReadsBlob {
 export interface FirstReadsOptions {
   /** Bytes asked for at once. */
   readonly rangeBytes: number;
-  /** Requests under way for one image. */
+  /** Requests under way for one image, which are for no more than two of the longest together. */
   readonly requests: number;
   /** Bytes fetched for one image at most, what is there already included. */
   readonly maxBytes: number;
@@ -46,6 +46,8 @@ interface Stream {
   /** Those that have been told of it. */
   readonly blobs: Set<FirstReadsBlob>;
   underWay: number;
+  /** Bytes that those are for. */
+  bytesUnderWay: number;
   /** Bytes asked for so far. */
   asked: number;
   fetched: number;
@@ -71,7 +73,15 @@ export class FirstReads {
     if (this.#closed || blob.closed || parts.length === 0) return;
     let stream = this.#streams.get(image);
     if (stream === undefined) {
-      stream = { pieces: [], blobs: new Set(), underWay: 0, asked: 0, fetched: 0, requests: 0 };
+      stream = {
+        pieces: [],
+        blobs: new Set(),
+        underWay: 0,
+        bytesUnderWay: 0,
+        asked: 0,
+        fetched: 0,
+        requests: 0,
+      };
       this.#streams.set(image, stream);
     }
     if (!stream.blobs.has(blob)) {
@@ -105,10 +115,12 @@ export class FirstReads {
   }
 
   #start(image: string, stream: Stream): void {
-    const { requests, maxBytes, room, log } = this.#options;
+    const { requests, rangeBytes, maxBytes, room, log } = this.#options;
     while (!this.#closed && stream.underWay < requests) {
-      const piece = stream.pieces.shift();
-      if (piece === undefined) break;
+      const [piece] = stream.pieces;
+      // Many small requests fill a line that is slow to answer; many large ones would be a queue that readers stand in.
+      if (piece === undefined || stream.bytesUnderWay + piece.length > 2 * rangeBytes) break;
+      stream.pieces.shift();
       if (piece.blob.closed) continue;
       const left = maxBytes - stream.asked;
       const length = Math.min(piece.length, left);
@@ -120,8 +132,10 @@ export class FirstReads {
       }
       stream.asked += length;
       stream.underWay++;
+      stream.bytesUnderWay += length;
       void this.#fetch({ ...piece, length }, stream, image).finally(() => {
         stream.underWay--;
+        stream.bytesUnderWay -= length;
         this.#start(image, stream);
       });
     }

@@ -14,7 +14,7 @@ import { isClassic, type LayerLookup } from './layer-lookup.js';
 import { bytesOf, listFor, mergeSpans, type PrefetchList, PrefetchListError } from './prefetch-list.js';
 import type { PrefetchRecords } from './prefetch-records.js';
 import type { PublishedIndexes } from './published/published-indexes.js';
-import { NEW_SPAN } from './readers/span-size.js';
+import { FINEST_SPAN } from './readers/span-size.js';
 import type { EntrypointReads } from './start/entrypoint-reads.js';
 import type { RecordedLayer } from './start-recordings.js';
 
@@ -182,7 +182,7 @@ export class ImageStarts {
     const { records, published, lookup, configuration, log } = this.#options;
     const { max_bytes: maxBytes, max_spans: maxSpans, range } = configuration.prefetch;
     // What lies between two spans of a list and is no more than a span of the cache is fetched along with them.
-    const gap = Math.min(NEW_SPAN, configuration.cache.span_size);
+    const gap = Math.min(FINEST_SPAN, configuration.cache.span_size);
     const own = await records.list(image).catch((error: unknown) => {
       log.warn({ image, reason: String(error) }, 'a record of what starts read is not used');
       return undefined;

@@ -19,8 +19,7 @@ import { FetchSlots } from './readers/fetch-slots.js';
 import { ReadingRecord } from './readers/reading-record.js';
 import { RegistryRangeReader } from './readers/registry-range.js';
 import { RetryReader } from './readers/retry.js';
-import { MAX_SPANS } from './readers/span-map.js';
-import { NEW_SPAN, spanSizeOf } from './readers/span-size.js';
+import { newSpanSize, spanSizeOf } from './readers/span-size.js';
 import { cachePaths } from './readers/span-store.js';
 import { ImageReferenceError, parseReference, registryHost, type Reference } from './registry/reference.js';
 import type { RegistryClient } from './registry/registry-client.js';
@@ -301,9 +300,8 @@ export class LayerBlobs {
     const { cacheDirectory, configuration } = this.#options;
     const [, map] = cachePaths(cacheDirectory, digest);
     const { span_size: most } = configuration.cache;
-    const fine = Math.min(NEW_SPAN, most);
     const finding = spanSizeOf([map, this.verifier.file(digest)]).then(
-      (found) => found ?? (size / fine > MAX_SPANS ? most : fine),
+      (found) => found ?? newSpanSize(size, most),
     );
     this.#spanSizes.set(digest, finding);
     return finding;

@@ -54,9 +54,10 @@ describe('the recording of a start', () => {
         manifest: MANIFEST,
         command: 'command',
         list: [
-          { layer: 'top', offset: 320 * KIB, length: 64 * KIB },
-          { layer: 'top', offset: 64 * KIB, length: 192 * KIB },
+          { layer: 'top', offset: 320 * KIB, length: 16 * KIB },
+          { layer: 'top', offset: 64 * KIB, length: 16 * KIB },
           { layer: 'base', offset: 64 * KIB, length: 36 * KIB },
+          { layer: 'top', offset: 128 * KIB, length: 80 * KIB },
         ],
       },
     ]);

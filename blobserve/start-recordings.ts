@@ -6,6 +6,7 @@
 import type { Logger } from '../daemon/log.js';
 import type { BlobPart } from './readers/blob-reader.js';
 import { bytesOf, mergeSpans, type PrefetchList } from './prefetch-list.js';
+import { FINEST_SPAN } from './readers/span-size.js';
 
 /** A layer that is attached. */
 export interface RecordedLayer {
@@ -34,8 +35,8 @@ export interface StartRecordingsOptions {
   readonly log: Logger;
 }
 
-/** What is noted: a piece of a blob of this many bytes. */
-const GRAIN = 64 * 1024;
+/** What is noted: a piece of a blob of this many bytes, which is what the cache can fetch by itself. */
+const GRAIN = FINEST_SPAN;
 /** Starts recorded at the same time; more are not. */
 const AT_ONCE = 64;
 

@@ -84,6 +84,8 @@ export class CacheSpace implements SpaceKeeper {
   #materialised: MaterialisedKeeper | undefined;
   /** Bytes that will be written for sure. */
   #reserved = 0;
+  /** Bytes that are being written at this moment: they were admitted, and are not on the disk yet, or not known to be. */
+  #underWay = 0;
   #again = false;
   #exhausted = false;
   #closed = false;
@@ -148,7 +150,7 @@ export class CacheSpace implements SpaceKeeper {
     const { used, free, written, unfinished } = this.#measure;
     const { maxBytes, minFreeBytes } = this.#options;
     // What is written of a file that has room reserved is both on the disk and reserved.
-    const ahead = written + Math.max(0, this.#reserved - unfinished);
+    const ahead = written + this.#underWay + Math.max(0, this.#reserved - unfinished);
     return Math.min(maxBytes > 0 ? maxBytes - used : Infinity, free - minFreeBytes) - ahead;
   }
 
@@ -160,6 +162,11 @@ export class CacheSpace implements SpaceKeeper {
   /** True when room is being made, or had to be: not the time to fetch what nobody has asked for. */
   get scarce(): boolean {
     return this.roomOfBlobs() < 2 * this.#step;
+  }
+
+  writing(bytes: number): () => void {
+    this.#underWay += bytes;
+    return () => (this.#underWay -= bytes);
   }
 
   wrote(bytes: number, full = false): void {

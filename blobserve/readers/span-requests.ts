@@ -146,7 +146,8 @@ export class SpanRequests {
     }
     this.#options = options;
     this.#fills = {
-      ahead: { queue: [], most: options.maxBackgroundRequests, underWay: 0 },
+      // Who fetches ahead says how much, for all blobs of an image together.
+      ahead: { queue: [], most: Infinity, underWay: 0 },
       background: { queue: [], most: 1, underWay: 0 },
     };
     this.#next = next;
@@ -202,7 +203,7 @@ export class SpanRequests {
 
   /**
    * Fetches what is missing of spans [first, end) when there is nothing more urgent: of the background one request at a time,
-   * of what is fetched ahead as many as of readahead.
+   * of what is fetched ahead as many as there are connections for.
    *
    * @returns bytes that came for it
    * @throws {ReadError} of the request that failed; what came before is kept

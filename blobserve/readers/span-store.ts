@@ -43,6 +43,8 @@ export interface SpanStoreOptions {
 export interface SpaceKeeper {
   /** False when so many bytes more would be too many. */
   admits(bytes: number): boolean;
+  /** So many bytes are about to be written; what is returned is called when they are, or will not be. */
+  writing(bytes: number): () => void;
   /** So many bytes were written; `full`: the disk had no room for them. */
   wrote(bytes: number, full?: boolean): void;
   /** The store holds spans that can be evicted, until the function that is returned is called. */
@@ -64,6 +66,8 @@ export class SpanStore {
   readonly #reading = new Set<{ first: number; end: number; done: Promise<unknown> }>();
   /** Spans that are being evicted: resolves when they are gone. */
   readonly #evicting = new Map<number, Promise<void>>();
+  /** What is written when this step of the program has ended. */
+  #writing: { readonly first: number; end: number; bytes: Buffer; done: Promise<boolean> } | undefined;
   #forgetSpace: (() => void) | undefined;
   #data: LocalFile | undefined;
   #map: SpanMap | undefined;
@@ -239,14 +243,14 @@ export class SpanStore {
     if (this.suspended) return false;
     const crc = crc32(bytes);
     const generation = this.#generation;
+    const ended = this.#options.space?.writing(bytes.length);
     await this.#evicting.get(span);
-    try {
-      await this.#data.write(bytes, span * this.#options.spanSize);
-    } catch (error) {
-      this.#diskFailed(`writing ${bytes.length} bytes at ${span * this.#options.spanSize}`, error);
+    if (!(await this.#writeSoon(span, bytes))) {
+      ended?.();
       return false;
     }
     this.#options.space?.wrote(bytes.length);
+    ended?.();
     this.#used[span] = clockSeconds();
     if (this.#suspended) {
       this.#suspended = false;
@@ -257,6 +261,31 @@ export class SpanStore {
     this.#states[span] = SpanState.Ready;
     this.#map.mark(span, crc);
     return true;
+  }
+
+  /** Spans that come one right after the other in the same step and lie so in memory, as from one request, are written at once. */
+  #writeSoon(span: number, bytes: Buffer): Promise<boolean> {
+    const last = this.#writing;
+    if (last?.end === span && follows(last.bytes, bytes)) {
+      const { buffer, byteOffset, length } = last.bytes;
+      last.bytes = Buffer.from(buffer, byteOffset, length + bytes.length);
+      last.end++;
+      return last.done;
+    }
+    const run = { first: span, end: span + 1, bytes, done: Promise.resolve(true) };
+    this.#writing = run;
+    run.done = Promise.resolve().then(async () => {
+      if (this.#writing === run) this.#writing = undefined;
+      const offset = run.first * this.#options.spanSize;
+      try {
+        await this.#data?.write(run.bytes, offset);
+        return this.#data !== undefined;
+      } catch (error) {
+        this.#diskFailed(`writing ${run.bytes.length} bytes at ${offset}`, error);
+        return false;
+      }
+    });
+    return run.done;
   }
 
   /** Trusts no span any more, nor any that is being written at this moment. */
@@ -466,6 +495,11 @@ async function openLocked(path: string): Promise<LocalFile> {
     }
     await file.close();
   }
+}
+
+/** Whether bytes lie right behind others in the same memory. */
+function follows(before: Buffer, bytes: Buffer): boolean {
+  return bytes.buffer === before.buffer && bytes.byteOffset === before.byteOffset + before.length;
 }
 
 /** Adjacent spans together, as [first, end). */
