@@ -16,7 +16,10 @@ const source = (layerDigest: string, manifestDigest = MANIFEST): Source => ({
 
 /** An open layer, of which nothing is cached. */
 const path = (): LayerPath =>
-  ({ blob: { cache: { allCached: false } }, close: () => Promise.resolve() }) as unknown as LayerPath;
+  ({
+    blob: { cache: { allCached: false, size: 10 * MIB, fill: () => Promise.resolve(0) } },
+    close: () => Promise.resolve(),
+  }) as unknown as LayerPath;
 
 interface Known {
   readonly own?: PrefetchList;
@@ -99,12 +102,21 @@ describe('what is known of the starts of an image', () => {
       [{ published: LIST, kind, covered: ['base'] }, false, []],
       [{ published: LIST, kind }, true, []],
       [{ published: LIST, kind: control.LayerKind.OTHER, covered: ['base'] }, true, []],
-      [{ published: LIST, settings: 'use = false' }, true, []],
     ] as const) {
       const { starts, ahead } = open(known);
       await starts.expected(source('base'), classic);
       expect(ahead).toEqual(expected);
     }
+  });
+
+  it('is opened before of a native layer also without a list, for what its mount reads first, unless that is switched off', async () => {
+    const without = open({});
+    await without.starts.expected(source('base'), true);
+    expect(without.ahead).toEqual(['base', 'top']);
+    expect(without.streamed).toEqual([]);
+    const off = open({ published: LIST, settings: 'use = false' });
+    await off.starts.expected(source('base'), true);
+    expect(off.ahead).toEqual([]);
   });
 
   it('is what was recorded here, before what is published', async () => {

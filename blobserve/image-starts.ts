@@ -9,7 +9,8 @@ import type { Logger } from '../daemon/log.js';
 import { control } from '../proto/messages.js';
 import type { LayerPath } from './data-path.js';
 import type { FirstReads, FirstReadsBlob } from './first-reads.js';
-import type { LayerBlobs } from './layer-blobs.js';
+import { SUPER_BLOCK_READ } from './layer/erofs/super-block.js';
+import type { LayerBlob, LayerBlobs } from './layer-blobs.js';
 import { isClassic, type LayerLookup } from './layer-lookup.js';
 import { bytesOf, listFor, mergeSpans, type PrefetchList, PrefetchListError } from './prefetch-list.js';
 import type { PrefetchRecords } from './prefetch-records.js';
@@ -67,24 +68,44 @@ export class ImageStarts {
     const image = source.manifestDigest ?? '';
     if (!configuration.prefetch.use || image === '') return;
     try {
-      const list = await this.#list(source, image);
-      if (list.length === 0) return;
       const layers = new Map(
         (await lookup.layers(source, '')).map((layer) => [layer.layerDigest ?? '', layer]),
       );
+      const ahead = await this.#openNative([...layers.values()]);
+      const list = await this.#list(source, image);
+      if (list.length === 0) return;
       // A tar layer without a published index is read as a whole first.
       const covered = classic ? await published.covered(source.imageRef ?? '', image) : new Set();
       for (const digest of new Set(list.map(({ layer }) => layer))) {
         const layer = layers.get(digest);
         const lazy = isClassic(layer?.kind) ? covered.has(digest) : layer?.kind === control.LayerKind.EROFS;
         if (layer === undefined || !lazy || this.#open.has(digest)) continue;
-        const blob = await blobs.openAhead(layer);
+        const blob = ahead.get(digest) ?? (await blobs.openAhead(layer));
         if (blob !== undefined) this.#streamBlob(image, digest, blob.cache, list);
       }
     } catch (error) {
       // Whoever opens the layers says what is wrong with the list.
       log.debug({ image, reason: String(error) }, 'nothing is fetched before the layers are attached');
     }
+  }
+
+  /**
+   * What a mount of a native layer reads first is fetched of all of them at once, while containerd asks for one after the other.
+   *
+   * @returns those that were opened for it, by digest
+   */
+  async #openNative(layers: readonly Source[]): Promise<ReadonlyMap<string, LayerBlob>> {
+    const opened = new Map<string, LayerBlob>();
+    for (const layer of layers) {
+      const digest = layer.layerDigest ?? '';
+      if (layer.kind !== control.LayerKind.EROFS || this.#open.has(digest)) continue;
+      const blob = await this.#options.blobs.openAhead(layer);
+      if (blob === undefined) continue;
+      opened.set(digest, blob);
+      // A failure is met again, and told, by who attaches the layer.
+      blob.cache.fill(0, Math.min(SUPER_BLOCK_READ, blob.cache.size), 'ahead').catch(() => undefined);
+    }
+    return opened;
   }
 
   /**

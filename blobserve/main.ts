@@ -50,6 +50,8 @@ interface CommandLine {
   fuseDescriptor?: string;
 }
 
+/** Milliseconds after which a process that serves nothing rehearses: one that is to serve again is told of its layers by then. */
+const REHEARSE_AFTER = 100;
 /** Milliseconds an orderly end may take: what was fetched is written down in well under one second. */
 const STOP_TIMEOUT = 5_000;
 
@@ -317,6 +319,11 @@ async function main(): Promise<void> {
   });
   // Nobody waits for it: a cache that is full is served from all the same.
   void blobs.start();
+  // A process that has nobody waiting for it is ready for the first pull.
+  setTimeout(() => {
+    if (server.size > 0) return;
+    rehearseExchange().catch((error: unknown) => log.warn({ err: error }, 'the rehearsal failed'));
+  }, REHEARSE_AFTER).unref();
   log.info({ version: VERSION, backend: options.attach, socket: layout.controlSocket }, 'serving');
 }
 

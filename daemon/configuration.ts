@@ -161,7 +161,7 @@ const schema = z.strictObject({
       max_bytes: size('256MiB', '0B', '64GiB'),
       max_spans: z.int().min(1).max(65536).default(4096),
       range: size('2MiB', '64KiB', '64MiB'),
-      requests: z.int().min(1).max(16).default(8),
+      requests: z.int().min(1).max(16).default(12),
       entrypoint: z.boolean().default(true),
       entrypoint_max_bytes: size('64MiB', '0B', '64GiB'),
     })

@@ -109,6 +109,11 @@ export class LayerAttachments {
     return path.join(this.#options.directory, String(layerId), 'fs');
   }
 
+  /** A layer will be attached soon, perhaps: what can be made ready for that is. */
+  expect(): void {
+    this.#options.mounter.expect();
+  }
+
   /**
    * Attaches and mounts a layer, then calls `use` while nobody can take it away again. When either fails and nothing else
    * uses the layer, nothing of it is left.

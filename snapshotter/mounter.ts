@@ -75,6 +75,11 @@ export class Mounter {
     this.#program = options.program ?? CHILD_PROGRAM;
   }
 
+  /** Something will be mounted soon: a child is started for it beside what comes before that. */
+  expect(): void {
+    if (this.#children.size === 0) this.#keep(this.#start());
+  }
+
   /**
    * Mounts an EROFS image read-only.
    *

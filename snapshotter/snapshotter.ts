@@ -225,6 +225,7 @@ export class Snapshotter {
         await this.#knowImage(there.name, labels);
         return true;
       }
+      this.#attachments.expect();
       const layer = await this.#options.finder.find(labels, key);
       if (layer === undefined) return false;
       annotate({ 'erofs_nbd.layer': layer.digest, 'erofs_nbd.image': layer.imageRef });

@@ -2,7 +2,7 @@ import { describe, expect, it } from 'vitest';
 import { FetchSlots, type FetchUrgency } from './fetch-slots.js';
 
 describe('slots of requests to a host', () => {
-  it('leave most of them to what readers wait for, and none to one blob alone', () => {
+  it('are never all taken by what nobody waits for, nor by one blob alone', () => {
     const slots = new FetchSlots(8);
     const take = (urgency: FetchUrgency): number => {
       let taken = 0;
@@ -10,9 +10,9 @@ describe('slots of requests to a host', () => {
       return taken;
     };
     expect(take('background')).toBe(2);
-    expect(take('ahead')).toBe(2);
+    expect(take('ahead')).toBe(4);
     expect(take('readahead')).toBe(0);
-    expect(take('wanted')).toBe(4);
+    expect(take('wanted')).toBe(2);
     expect(slots.used).toBe(8);
     const one = new FetchSlots(8);
     const blob = {};

@@ -1,7 +1,7 @@
 /**
  * Requests under way to one host, as many as it gets connections: a fixed number for all blobs together, so that what a
- * reader waits for never stands behind what nobody has asked for yet. Readahead, and what is fetched ahead of a start, may take
- * half of them, background downloads a quarter, one blob alone three quarters.
+ * reader waits for never stands behind what nobody has asked for yet. Readahead may take half of them, what is fetched ahead of a
+ * start, in many small requests, three quarters, as one blob alone, background downloads a quarter.
  */
 
 /**
@@ -27,7 +27,7 @@ export class FetchSlots {
   constructor(readonly slots: number) {
     if (!Number.isSafeInteger(slots) || slots < 1) throw new RangeError(`${slots} requests at a time`);
     const part = (share: number): number => Math.max(1, Math.floor(slots * share));
-    this.#limits = { background: part(1 / 4), ahead: part(1 / 2), readahead: part(1 / 2), wanted: slots };
+    this.#limits = { background: part(1 / 4), ahead: part(3 / 4), readahead: part(1 / 2), wanted: slots };
     this.#ofOneBlob = part(3 / 4);
   }
 
