@@ -26,7 +26,7 @@ export interface FirstReadsBlob {
 export interface FirstReadsOptions {
   /** Bytes asked for at once. */
   readonly rangeBytes: number;
-  /** Requests under way for one image, which are for no more than two of the longest together. */
+  /** Requests under way for one image: two, or more that are for no more than `rangeBytes` together. */
   readonly requests: number;
   /** Bytes fetched for one image at most, what is there already included. */
   readonly maxBytes: number;
@@ -118,8 +118,9 @@ export class FirstReads {
     const { requests, rangeBytes, maxBytes, room, log } = this.#options;
     while (!this.#closed && stream.underWay < requests) {
       const [piece] = stream.pieces;
-      // Many small requests fill a line that is slow to answer; many large ones would be a queue that readers stand in.
-      if (piece === undefined || stream.bytesUnderWay + piece.length > 2 * rangeBytes) break;
+      if (piece === undefined) break;
+      // Many small requests fill a line that is slow to answer; many large ones would bring what is read later before what is read first.
+      if (stream.underWay >= 2 && stream.bytesUnderWay + piece.length > rangeBytes) break;
       stream.pieces.shift();
       if (piece.blob.closed) continue;
       const left = maxBytes - stream.asked;

@@ -40,6 +40,7 @@ function open({ own, published, settings = '', covered = [], kind = control.Laye
     published: {
       prefetchList: () => Promise.resolve(published),
       covered: () => Promise.resolve(new Set(covered)),
+      fetched: () => Promise.resolve(),
     },
     lookup: {
       layers: () => Promise.resolve([source('base'), source('top')].map((one) => ({ ...one, kind }))),

@@ -15,7 +15,7 @@ import { isClassic, type LayerLookup } from './layer-lookup.js';
 import { bytesOf, listFor, mergeSpans, type PrefetchList, PrefetchListError } from './prefetch-list.js';
 import type { PrefetchRecords } from './prefetch-records.js';
 import type { PublishedIndexes } from './published/published-indexes.js';
-import { FINEST_SPAN } from './readers/span-size.js';
+import { newSpanSize } from './readers/span-size.js';
 import type { EntrypointReads } from './start/entrypoint-reads.js';
 import type { RecordedLayer } from './start-recordings.js';
 
@@ -25,7 +25,7 @@ export interface ImageStartsOptions {
   readonly configuration: Pick<Configuration, 'prefetch' | 'cache'>;
   readonly firstReads: Pick<FirstReads, 'stream'>;
   readonly records: Pick<PrefetchRecords, 'list' | 'used'>;
-  readonly published: Pick<PublishedIndexes, 'prefetchList' | 'covered'>;
+  readonly published: Pick<PublishedIndexes, 'prefetchList' | 'covered' | 'fetched'>;
   readonly lookup: Pick<LayerLookup, 'layers'>;
   /** Opens blobs before their layers are attached. */
   readonly blobs: Pick<LayerBlobs, 'openAhead'>;
@@ -76,6 +76,7 @@ export class ImageStarts {
       if (list.length === 0) return;
       // A tar layer without a published index is read as a whole first.
       const covered = classic ? await published.covered(source.imageRef ?? '', image) : new Set();
+      if (covered.size > 0) await published.fetched();
       for (const digest of new Set(list.map(({ layer }) => layer))) {
         const layer = layers.get(digest);
         const lazy = isClassic(layer?.kind) ? covered.has(digest) : layer?.kind === control.LayerKind.EROFS;
@@ -137,8 +138,15 @@ export class ImageStarts {
     const layer = this.#open.get(digest);
     if (layer === undefined) return undefined;
     const { source, path } = layer;
-    const { size = 0, manifestDigest } = source;
-    return { digest, size: size ?? 0, manifestDigest: manifestDigest ?? '', ...path };
+    const { size, kind, manifestDigest } = source;
+    const grain = this.#spanOf(size, kind);
+    return { digest, size: size ?? 0, grain, manifestDigest: manifestDigest ?? '', ...path };
+  }
+
+  /** Bytes of a span of new files of a layer in the cache. */
+  #spanOf(size: Source['size'], kind: Source['kind']): number {
+    const { span_size: most } = this.#options.configuration.cache;
+    return newSpanSize(size ?? 0, most, kind === control.LayerKind.TAR_GZIP);
   }
 
   /** What is known of an image has changed. */
@@ -202,8 +210,6 @@ export class ImageStarts {
   async #find(source: Source, image: string): Promise<PrefetchList> {
     const { records, published, lookup, configuration, log } = this.#options;
     const { max_bytes: maxBytes, max_spans: maxSpans, range } = configuration.prefetch;
-    // What lies between two spans of a list and is no more than a span of the cache is fetched along with them.
-    const gap = Math.min(FINEST_SPAN, configuration.cache.span_size);
     const own = await records.list(image).catch((error: unknown) => {
       log.warn({ image, reason: String(error) }, 'a record of what starts read is not used');
       return undefined;
@@ -217,6 +223,9 @@ export class ImageStarts {
     const { foreign, cut } = usable;
     if (foreign > 0) log.info({ image, spans: foreign }, 'spans of layers that the image does not have');
     if (cut > 0) log.info({ image, bytes: cut, maxBytes, maxSpans }, 'a prefetch list is used in part');
+    const kinds = new Map(layers.map(({ layerDigest, kind }) => [layerDigest ?? '', kind]));
+    // What lies between two spans of a list and is no more than a span of the cache is fetched along with them.
+    const gap = (layer: string): number => this.#spanOf(sizes.get(layer), kinds.get(layer));
     const merged = mergeSpans(usable.list, { gap, most: range });
     const about = { image, recordedHere: own !== undefined, spans: merged.length, bytes: bytesOf(merged) };
     log.info(about, 'what its start reads is known');

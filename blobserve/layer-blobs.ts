@@ -7,7 +7,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { LRUCache } from 'lru-cache';
 import type { Configuration } from '../daemon/configuration.js';
 import type { Logger } from '../daemon/log.js';
-import type { control } from '../proto/messages.js';
+import { control } from '../proto/messages.js';
 import { BackgroundDownloads, type DayWindow } from './background-download.js';
 import { type BlobKnowledge, BlobVerifier, type BlobVerifierOptions } from './blob-verifier.js';
 import { counted } from './metrics.js';
@@ -184,7 +184,7 @@ export class LayerBlobs {
       },
     });
     const name = `${host}/${reference.repository}`;
-    const spanSize = await this.#spanSize(digest, size);
+    const spanSize = await this.#spanSize(source);
     const knowledge = await this.verifier.knowledge({
       digest,
       size,
@@ -294,14 +294,15 @@ export class LayerBlobs {
   }
 
   /** The same for all who have the blob open, and as its files were made. */
-  #spanSize(digest: string, size: number): Promise<number> {
+  #spanSize({ layerDigest, size, kind }: control.LayerSource.$Properties): Promise<number> {
+    const digest = layerDigest ?? '';
     const known = this.#spanSizes.get(digest);
     if (known !== undefined) return known;
     const { cacheDirectory, configuration } = this.#options;
     const [, map] = cachePaths(cacheDirectory, digest);
     const { span_size: most } = configuration.cache;
     const finding = spanSizeOf([map, this.verifier.file(digest)]).then(
-      (found) => found ?? newSpanSize(size, most),
+      (found) => found ?? newSpanSize(size ?? 0, most, kind === control.LayerKind.TAR_GZIP),
     );
     this.#spanSizes.set(digest, finding);
     return finding;

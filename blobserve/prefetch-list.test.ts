@@ -69,19 +69,21 @@ describe('a prefetch list', () => {
 
   it('has what lies near each other in one span, where the first of it was needed', () => {
     const list = [span(A, 100, 50), span(B, 150, 10), span(A, 0, 10), span(A, 150, 50), span(A, 80, 20)];
-    expect(mergeSpans(list, { gap: 0, most: 1000 })).toEqual([
+    expect(mergeSpans(list, { gap: () => 0, most: 1000 })).toEqual([
       span(A, 80, 120),
       span(B, 150, 10),
       span(A, 0, 10),
     ]);
-    expect(mergeSpans(list, { gap: 90, most: 1000 })).toEqual([span(A, 0, 200), span(B, 150, 10)]);
-    expect(mergeSpans(list, { gap: 0, most: 100 })).toEqual([
+    expect(mergeSpans(list, { gap: () => 90, most: 1000 })).toEqual([span(A, 0, 200), span(B, 150, 10)]);
+    expect(mergeSpans(list, { gap: () => 0, most: 100 })).toEqual([
       span(A, 100, 100),
       span(B, 150, 10),
       span(A, 0, 10),
       span(A, 80, 20),
     ]);
-    expect(mergeSpans([span(A, 0, 500), span(A, 10, 20)], { gap: 0, most: 100 })).toEqual([span(A, 0, 500)]);
+    expect(mergeSpans([span(A, 0, 500), span(A, 10, 20)], { gap: () => 0, most: 100 })).toEqual([
+      span(A, 0, 500),
+    ]);
   });
 
   it('is made of several, without what the first ones have', () => {

@@ -139,7 +139,7 @@ export function listFor(
  */
 export function mergeSpans(
   list: PrefetchList,
-  { gap, most }: { readonly gap: number; readonly most: number },
+  { gap, most }: { readonly gap: (layer: string) => number; readonly most: number },
 ): PrefetchList {
   const merged: { layer: string; offset: number; length: number }[] = [];
   const byLayer = new Map<string, typeof merged>();
@@ -150,7 +150,7 @@ export function mergeSpans(
       const from = Math.min(other.offset, offset);
       const end = Math.max(other.offset + other.length, offset + length);
       const apart = Math.max(other.offset, offset) - Math.min(other.offset + other.length, offset + length);
-      return apart <= gap && end - from <= Math.max(most, other.length);
+      return apart <= gap(layer) && end - from <= Math.max(most, other.length);
     });
     if (near === undefined) {
       const span = { layer, offset, length };

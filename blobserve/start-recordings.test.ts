@@ -11,6 +11,7 @@ const MANIFEST = `sha256:${'e'.repeat(64)}`;
 const layer = (digest: string, size: number): RecordedLayer & { readonly record: ReadingRecord } => ({
   digest,
   size,
+  grain: 16 * KIB,
   manifestDigest: MANIFEST,
   blobPart: (offset, length) => ({ offset, length }),
   record: new ReadingRecord(),

@@ -6,13 +6,14 @@
 import type { Logger } from '../daemon/log.js';
 import type { BlobPart } from './readers/blob-reader.js';
 import { bytesOf, mergeSpans, type PrefetchList } from './prefetch-list.js';
-import { FINEST_SPAN } from './readers/span-size.js';
 
 /** A layer that is attached. */
 export interface RecordedLayer {
   readonly digest: string;
   /** Bytes of its blob. */
   readonly size: number;
+  /** Bytes of a piece of it that is noted: what the cache fetches by itself. */
+  readonly grain: number;
   /** Of the image that it was attached for. */
   readonly manifestDigest: string;
   readonly blobPart: (offset: number, length: number) => BlobPart | undefined;
@@ -35,8 +36,6 @@ export interface StartRecordingsOptions {
   readonly log: Logger;
 }
 
-/** What is noted: a piece of a blob of this many bytes, which is what the cache can fetch by itself. */
-const GRAIN = FINEST_SPAN;
 /** Starts recorded at the same time; more are not. */
 const AT_ONCE = 64;
 
@@ -46,7 +45,7 @@ interface Recording {
   readonly layers: readonly RecordedLayer[];
   /** When each grain of a layer was asked for first, by its number. */
   readonly asked: readonly Map<number, number>[];
-  grains: number;
+  bytes: number;
   readonly end: () => void;
 }
 
@@ -79,7 +78,7 @@ export class StartRecordings {
       manifestDigest,
       layers,
       asked: layers.map(() => new Map<number, number>()),
-      grains: 0,
+      bytes: 0,
       end: () => {
         clearTimeout(timer);
         for (const unwatch of watched) unwatch();
@@ -101,14 +100,15 @@ export class StartRecordings {
 
   #note(recording: Recording, place: number, offset: number, length: number, askedAt: number): void {
     const asked = recording.asked[place];
-    const part = recording.layers[place]?.blobPart(offset, length);
-    if (asked === undefined || part === undefined) return;
-    const last = Math.floor((part.offset + part.length - 1) / GRAIN);
-    for (let grain = Math.floor(part.offset / GRAIN); grain <= last; grain++) {
+    const layer = recording.layers[place];
+    const part = layer?.blobPart(offset, length);
+    if (asked === undefined || layer === undefined || part === undefined) return;
+    const last = Math.floor((part.offset + part.length - 1) / layer.grain);
+    for (let grain = Math.floor(part.offset / layer.grain); grain <= last; grain++) {
       const before = asked.get(grain);
       // Reads are noted when they end: one that was asked for earlier may come later.
       if (before !== undefined && before <= askedAt) continue;
-      if (before === undefined && ++recording.grains * GRAIN > this.#options.maxBytes) return;
+      if (before === undefined && (recording.bytes += layer.grain) > this.#options.maxBytes) return;
       asked.set(grain, askedAt);
     }
   }
@@ -117,15 +117,15 @@ export class StartRecordings {
     const { maxSpans, rangeBytes, keep, log } = this.#options;
     recording.end();
     const { manifestDigest, command, layers, asked } = recording;
-    const grains = layers.flatMap(({ digest, size }, place) =>
-      [...(asked[place] ?? [])].map(([grain, at]) => ({
-        ...{ at, layer: digest, offset: grain * GRAIN },
-        length: Math.min(GRAIN, size - grain * GRAIN),
+    const grains = layers.flatMap(({ digest, size, grain }, place) =>
+      [...(asked[place] ?? [])].map(([number, at]) => ({
+        ...{ at, layer: digest, offset: number * grain },
+        length: Math.min(grain, size - number * grain),
       })),
     );
     grains.sort((a, b) => a.at - b.at);
     const spans = grains.map(({ layer, offset, length }) => ({ layer, offset, length }));
-    const list = mergeSpans(spans, { gap: 0, most: rangeBytes }).slice(0, maxSpans);
+    const list = mergeSpans(spans, { gap: () => 0, most: rangeBytes }).slice(0, maxSpans);
     if (list.length === 0) return;
     try {
       const kept = await keep(manifestDigest, command, list);

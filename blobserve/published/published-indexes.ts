@@ -107,6 +107,8 @@ export class PublishedIndexes {
   /** Indexes of ours are fetched all at once, as far as their bytes find room, and made by one thread. */
   readonly #budget: ByteBudget;
   readonly #importer = new ArtifactImporter();
+  /** Of ours, on their way. */
+  readonly #fetching = new Set<Promise<unknown>>();
   /** Of the others each layer is a thread of its own. */
   readonly #limit: LimitFunction;
 
@@ -132,6 +134,11 @@ export class PublishedIndexes {
     } catch {
       // Who asks for the index is told that there is no such image.
     }
+  }
+
+  /** Resolves when no index is on its way: layers are attached by them, so what starts read of those layers comes after. */
+  async fetched(): Promise<void> {
+    while (this.#fetching.size > 0) await Promise.allSettled([...this.#fetching]);
   }
 
   /** Digests of the layers that our own or SOCI's index of an image has, as far as it was found. */
@@ -335,7 +342,9 @@ export class PublishedIndexes {
     const { tarindex, checkpoints } = layer;
     for (const blob of [tarindex, checkpoints]) this.#checkSize(blob);
     return this.#budget.run(tarindex.size + checkpoints.size, async () => {
-      const fetched = await Promise.all([this.#fetch(image, tarindex), this.#fetch(image, checkpoints)]);
+      const fetching = Promise.all([this.#fetch(image, tarindex), this.#fetch(image, checkpoints)]);
+      this.#fetching.add(fetching);
+      const fetched = await fetching.finally(() => this.#fetching.delete(fetching));
       return this.#importer.run({
         files,
         record: layer.index,

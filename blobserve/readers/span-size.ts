@@ -16,9 +16,10 @@ const COARSEST_SPAN = 64 * 1024;
  *
  * @param size of the blob
  * @param most `cache.span_size`, a power of two
+ * @param inflated it is read by the whole spans between two checkpoints, some 200 KB: finer ones would only cost time
  */
-export function newSpanSize(size: number, most: number): number {
-  let span = FINEST_SPAN;
+export function newSpanSize(size: number, most: number, inflated: boolean): number {
+  let span = inflated ? COARSEST_SPAN : FINEST_SPAN;
   while (span < COARSEST_SPAN && size / span > SPANS) span *= 2;
   span = Math.min(span, most);
   return size / span > MAX_SPANS ? most : span;

@@ -65,7 +65,7 @@ export function prefetchList(seed: number): void {
   const { list: used } = usable.value;
   must(bytesOf(used) <= LIMITS.maxBytes, `${bytesOf(used)} bytes`);
   const gap = pick(100_000);
-  const merged = mergeSpans(used, { gap, most: 65_536 * (1 + pick(32)) });
+  const merged = mergeSpans(used, { gap: () => gap, most: 65_536 * (1 + pick(32)) });
   must(merged.length <= used.length, 'more spans than before they were merged');
   must(bytesOf(merged) <= bytesOf(used) + gap * used.length, 'more bytes than lie between');
   for (const { layer, offset, length } of merged) {
