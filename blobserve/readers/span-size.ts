@@ -6,7 +6,7 @@ import { MAX_SPANS } from './span-map.js';
  * Bytes of the smallest span of new files, or `cache.span_size` where that is less: what a list of first reads is exact to. What a
  * start of a native EROFS layer read came to 15.1 MB in pages of 4 KiB, in spans of 16 KiB to 17.3, of 32 to 19.4, of 64 to 22.4.
  */
-export const FINEST_SPAN = 16 * 1024;
+const FINEST_SPAN = 16 * 1024;
 /** That many have a blob of 1 GiB; a longer one gets longer spans, up to {@link COARSEST_SPAN}: each takes memory. */
 const SPANS = 64 * 1024;
 const COARSEST_SPAN = 64 * 1024;
