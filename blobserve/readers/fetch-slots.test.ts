@@ -22,6 +22,16 @@ describe('slots of requests to a host', () => {
     expect(one.take({}, 'wanted')).toBe(true);
   });
 
+  it('leave room for a reader of the blob that all of it is fetched ahead of', () => {
+    const slots = new FetchSlots(8);
+    const blob = {};
+    let taken = 0;
+    while (slots.take(blob, 'ahead')) taken++;
+    expect(taken).toBe(5);
+    expect(slots.take(blob, 'wanted')).toBe(true);
+    expect(slots.take({}, 'wanted')).toBe(true);
+  });
+
   it('have at least one for each urgency', () => {
     for (const urgency of ['background', 'ahead', 'readahead', 'wanted'] as const) {
       const slots = new FetchSlots(1);

@@ -1,7 +1,8 @@
 /**
  * Requests under way to one host, as many as it gets connections: a fixed number for all blobs together, so that what a
  * reader waits for never stands behind what nobody has asked for yet. Readahead may take half of them, what is fetched ahead of a
- * start, in many small requests, three quarters, as one blob alone, background downloads a quarter.
+ * start, in many small requests, three quarters, background downloads a quarter. One blob alone may take three quarters, and
+ * what is fetched ahead of it five eighths: a reader of that blob finds room as well.
  */
 
 /**
@@ -13,6 +14,7 @@ export type FetchUrgency = 'background' | 'ahead' | 'readahead' | 'wanted';
 export class FetchSlots {
   readonly #limits: Readonly<Record<FetchUrgency, number>>;
   readonly #ofOneBlob: number;
+  readonly #aheadOfOneBlob: number;
   readonly #waiting: Record<FetchUrgency, Set<() => void>> = {
     background: new Set(),
     ahead: new Set(),
@@ -29,6 +31,7 @@ export class FetchSlots {
     const part = (share: number): number => Math.max(1, Math.floor(slots * share));
     this.#limits = { background: part(1 / 4), ahead: part(3 / 4), readahead: part(1 / 2), wanted: slots };
     this.#ofOneBlob = part(3 / 4);
+    this.#aheadOfOneBlob = part(5 / 8);
   }
 
   get used(): number {
@@ -47,7 +50,8 @@ export class FetchSlots {
   take(blob: object, urgency: FetchUrgency): boolean {
     if (urgency === 'wanted') this.#wantedAt = performance.now();
     const used = this.#used.get(blob) ?? 0;
-    if (this.#usedAll >= this.#limits[urgency] || used >= this.#ofOneBlob) return false;
+    const ofOneBlob = urgency === 'ahead' ? this.#aheadOfOneBlob : this.#ofOneBlob;
+    if (this.#usedAll >= this.#limits[urgency] || used >= ofOneBlob) return false;
     this.#usedAll++;
     this.#used.set(blob, used + 1);
     return true;
