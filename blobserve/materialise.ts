@@ -84,7 +84,6 @@ export function materialise(
       // No places to begin at are wanted.
       spanSize: Number.MAX_SAFE_INTEGER,
       maxUncompressedBytes: record.tarSize,
-      onCheckpoint: () => undefined,
       onData: write,
     });
     try {

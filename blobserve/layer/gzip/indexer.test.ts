@@ -2,10 +2,11 @@ import { execFileSync, spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { constants, deflateRawSync, gzipSync } from 'node:zlib';
 import { describe, expect, it } from 'vitest';
-import { openNativeInflaters } from '../../linux/zlib.js';
+import { type InflateStart, openNativeInflaters } from '../../linux/zlib.js';
 import { GzipError } from './gzip-error.js';
 import { GzipIndexer, type IndexSummary } from './indexer.js';
 import { PureInflater } from './inflate.js';
+import { openRawInflater } from './raw-inflater.js';
 import { member, mixture, random } from './sample-data.js';
 
 interface Indexed extends IndexSummary {
@@ -24,7 +25,7 @@ function index(
     maxUncompressedBytes: options.max ?? 1 << 30,
     onCheckpoint: (point) => points.push({ ...point, window: Buffer.from(point.window) }),
     onData: (chunk) => data.push(Buffer.from(chunk)),
-    ...(options.pure ? { inflater: new PureInflater() } : {}),
+    ...(options.pure ? { openInflater: () => new PureInflater() } : {}),
   });
   try {
     for (let at = 0; at < blob.length;) {
@@ -39,6 +40,18 @@ function index(
 }
 
 const sha256 = (bytes: Buffer): string => `sha256:${createHash('sha256').update(bytes).digest('hex')}`;
+/** What a span begins with, without what comes behind the end of its member. */
+function inflateFrom(start: InflateStart, span: Buffer, most: number): Buffer {
+  const inflater = openRawInflater();
+  try {
+    inflater.reset(start);
+    const target = Buffer.alloc(most);
+    return target.subarray(0, inflater.step(span, target, false).produced);
+  } finally {
+    inflater.close();
+  }
+}
+
 /** All of an index in a few lines, for comparison. */
 function fingerprint({ points, spanDigests, diffId, blobDigest }: Indexed): string[] {
   const lines = points.map((p) => `${p.in} ${p.out} ${p.bits} ${sha256(p.window)}`);
@@ -94,7 +107,12 @@ describe('the index', () => {
       expect(got.spanDigests.subarray(i * 32, i * 32 + 32)).toEqual(
         createHash('sha256').update(span).digest(),
       );
-      expect(point.window.equals(text.subarray(point.out - point.window.length, point.out))).toBe(true);
+      const before = text.subarray(point.out - point.window.length, point.out);
+      expect(point.window.every((byte, at) => byte === 0 || byte === before[at])).toBe(true);
+      const lastByte = blob[point.in - 1] ?? 0;
+      expect(inflateFrom({ ...point, lastByte }, blob.subarray(point.in, end), 40_000)).toEqual(
+        text.subarray(point.out, Math.min(point.out + 40_000, next?.out ?? text.length)),
+      );
       // Blocks of zlib hold up to 16383 symbols: the distance is the span and at most one block.
       expect((next?.out ?? text.length) - point.out).toBeLessThan(65536 + 16384 * 258);
     });

@@ -221,7 +221,8 @@ export class LayerScan {
   #beginPoint(state: IndexerState): void {
     // One for a piece of the blob is enough.
     if (this.#point !== undefined) return;
-    const checkpoints = (this.#checkpoints?.count ?? 0) + this.#found.length;
+    // A span has ended before each checkpoint but the first.
+    const checkpoints = state.spanDigests.length + 1;
     this.#point = this.#journal?.beginPoint(state, this.#scanner.save(), checkpoints);
   }
 
