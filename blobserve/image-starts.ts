@@ -76,7 +76,7 @@ export class ImageStarts {
       if (list.length === 0) return;
       // A tar layer without a published index is read as a whole first.
       const covered = classic ? await published.covered(source.imageRef ?? '', image) : new Set();
-      if (covered.size > 0) await published.fetched();
+      if (covered.size > 0) await published.fetched(source.imageRef ?? '', image);
       for (const digest of new Set(list.map(({ layer }) => layer))) {
         const layer = layers.get(digest);
         const lazy = isClassic(layer?.kind) ? covered.has(digest) : layer?.kind === control.LayerKind.EROFS;

@@ -107,8 +107,8 @@ export class PublishedIndexes {
   /** Indexes of ours are fetched all at once, as far as their bytes find room, and made by one thread. */
   readonly #budget: ByteBudget;
   readonly #importer = new ArtifactImporter();
-  /** Of ours, on their way. */
-  readonly #fetching = new Set<Promise<unknown>>();
+  /** Of ours, on their way, and the images they are of. */
+  readonly #fetching = new Map<Promise<unknown>, string>();
   /** Of the others each layer is a thread of its own. */
   readonly #limit: LimitFunction;
 
@@ -136,9 +136,14 @@ export class PublishedIndexes {
     }
   }
 
-  /** Resolves when no index is on its way: layers are attached by them, so what starts read of those layers comes after. */
-  async fetched(): Promise<void> {
-    while (this.#fetching.size > 0) await Promise.allSettled([...this.#fetching]);
+  /** Resolves when no index of an image is on its way: its layers are attached by them, so what starts read of those comes after. */
+  async fetched(imageRef: string, manifestDigest: string): Promise<void> {
+    const image = formatReference({ ...parseReference(imageRef), digest: manifestDigest });
+    for (;;) {
+      const fetching = [...this.#fetching].flatMap(([one, of]) => (of === image ? [one] : []));
+      if (fetching.length === 0) return;
+      await Promise.allSettled(fetching);
+    }
   }
 
   /** Digests of the layers that our own or SOCI's index of an image has, as far as it was found. */
@@ -343,7 +348,7 @@ export class PublishedIndexes {
     for (const blob of [tarindex, checkpoints]) this.#checkSize(blob);
     return this.#budget.run(tarindex.size + checkpoints.size, async () => {
       const fetching = Promise.all([this.#fetch(image, tarindex), this.#fetch(image, checkpoints)]);
-      this.#fetching.add(fetching);
+      this.#fetching.set(fetching, formatReference(image));
       const fetched = await fetching.finally(() => this.#fetching.delete(fetching));
       return this.#importer.run({
         files,
