@@ -11,6 +11,7 @@ import { execa } from 'execa';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { mountAt } from './mount-table.js';
 import { Mounter } from './mounter.js';
+import { patience } from '../test/patience.js';
 
 const BUILT = fileURLToPath(new URL('../dist/snapshotter/mount-child.js', import.meta.url));
 const whyNot =
@@ -57,6 +58,18 @@ describe('the mounter', () => {
     await Promise.all(Array.from({ length: 10 }, () => shared.unmount(target)));
     await mounter.unmount(target);
     expect((await pids()).length).toBeLessThanOrEqual(2);
+  });
+
+  it('has a child started for what is expected, one, which the next call takes', async () => {
+    const program = await child('process.send({ ok: true })');
+    mounter = new Mounter({ timeoutMs: 10_000, idleMs: patience(10_000), program });
+    mounter.expect();
+    mounter.expect();
+    await expect.poll(() => pids().catch(() => []), { timeout: patience(8000) }).toHaveLength(1);
+    await mounter.unmount(target);
+    mounter.expect();
+    await mounter.unmount(target);
+    expect(await pids()).toHaveLength(1);
   });
 
   it('gives up a child that hangs, and other calls go on', async () => {

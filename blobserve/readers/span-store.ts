@@ -51,6 +51,13 @@ export interface SpaceKeeper {
   add(store: SpanStore): () => void;
 }
 
+/** Spans that lie side by side, until `end`, and their bytes. */
+interface SpanRun {
+  readonly first: number;
+  end: number;
+  bytes: Buffer;
+}
+
 export class SpanStore {
   readonly spanCount: number;
   /** Reads, writes and flushes that the disk failed in this process. */
@@ -67,7 +74,7 @@ export class SpanStore {
   /** Spans that are being evicted: resolves when they are gone. */
   readonly #evicting = new Map<number, Promise<void>>();
   /** What is written when this step of the program has ended. */
-  #writing: { readonly first: number; end: number; bytes: Buffer; done: Promise<boolean> } | undefined;
+  #writing: { readonly run: SpanRun; readonly done: Promise<boolean> } | undefined;
   #forgetSpace: (() => void) | undefined;
   #data: LocalFile | undefined;
   #map: SpanMap | undefined;
@@ -266,26 +273,29 @@ export class SpanStore {
   /** Spans that come one right after the other in the same step and lie so in memory, as from one request, are written at once. */
   #writeSoon(span: number, bytes: Buffer): Promise<boolean> {
     const last = this.#writing;
-    if (last?.end === span && follows(last.bytes, bytes)) {
-      const { buffer, byteOffset, length } = last.bytes;
-      last.bytes = Buffer.from(buffer, byteOffset, length + bytes.length);
-      last.end++;
+    if (last?.run.end === span && follows(last.run.bytes, bytes)) {
+      const { buffer, byteOffset, length } = last.run.bytes;
+      last.run.bytes = Buffer.from(buffer, byteOffset, length + bytes.length);
+      last.run.end++;
       return last.done;
     }
-    const run = { first: span, end: span + 1, bytes, done: Promise.resolve(true) };
-    this.#writing = run;
-    run.done = Promise.resolve().then(async () => {
-      if (this.#writing === run) this.#writing = undefined;
-      const offset = run.first * this.#options.spanSize;
-      try {
-        await this.#data?.write(run.bytes, offset);
-        return this.#data !== undefined;
-      } catch (error) {
-        this.#diskFailed(`writing ${run.bytes.length} bytes at ${offset}`, error);
-        return false;
-      }
-    });
-    return run.done;
+    const run = { first: span, end: span + 1, bytes };
+    const done = this.#writeRun(run);
+    this.#writing = { run, done };
+    return done;
+  }
+
+  async #writeRun(run: SpanRun): Promise<boolean> {
+    await Promise.resolve();
+    if (this.#writing?.run === run) this.#writing = undefined;
+    const offset = run.first * this.#options.spanSize;
+    try {
+      await this.#data?.write(run.bytes, offset);
+      return this.#data !== undefined;
+    } catch (error) {
+      this.#diskFailed(`writing ${run.bytes.length} bytes at ${offset}`, error);
+      return false;
+    }
   }
 
   /** Trusts no span any more, nor any that is being written at this moment. */
