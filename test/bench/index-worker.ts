@@ -1,30 +1,23 @@
 /** Indexes layers with blobserve's own scan, in a thread of its own that stays: checkpoints, tarindex and all digests. */
 import { closeSync, openSync, readSync, statSync } from 'node:fs';
 import { parentPort } from 'node:worker_threads';
-import { z } from 'zod';
 import { ArithmeticThread } from '../../blobserve/layer/gzip/arithmetic-thread.js';
+import type { LayerIndexFiles } from '../../blobserve/layer/index/layer-index.js';
 import { LayerScan } from '../../blobserve/layer/index/layer-scan.js';
 
 const CHUNK = 1024 * 1024;
 
-const Job = z.object({
-  layer: z.string(),
-  spanSize: z.number(),
-  files: z.object({
-    tarindex: z.string(),
-    checkpoints: z.string(),
-    chunks: z.string(),
-    record: z.string(),
-    mounted: z.string(),
-    refused: z.string(),
-    journal: z.string(),
-  }),
-});
+/** What the thread is told to do; or `quit`. */
+export interface IndexJob {
+  readonly layer: string;
+  readonly spanSize: number;
+  readonly files: LayerIndexFiles;
+}
 
 const arithmetic = await ArithmeticThread.start();
 const chunk = Buffer.allocUnsafeSlow(CHUNK);
 
-async function run({ layer, spanSize, files }: z.infer<typeof Job>): Promise<void> {
+async function run({ layer, spanSize, files }: IndexJob): Promise<void> {
   const start = performance.now();
   // What could be gone on with is kept too, as the daemon does.
   const resumable = { digest: 'sha256:', size: statSync(layer).size, afresh: true };
@@ -49,8 +42,8 @@ async function run({ layer, spanSize, files }: z.infer<typeof Job>): Promise<voi
   });
 }
 
-parentPort?.on('message', (message: unknown) => {
-  if (message !== 'quit') return void run(Job.parse(message));
+parentPort?.on('message', (message: IndexJob | 'quit') => {
+  if (message !== 'quit') return void run(message);
   parentPort?.close();
   void arithmetic.close();
 });

@@ -17,6 +17,7 @@ import { parseSize } from '../../daemon/quantity.js';
 import { scanThreadLimits } from '../../blobserve/layer/index/layer-scan.js';
 import { parseConfiguration } from '../../daemon/configuration.js';
 import { fetchErofsUtils, referenceGzipIndex } from '../erofs-utils.js';
+import type { IndexJob } from './index-worker.js';
 import { makeLayer } from './layer-file.js';
 
 const Report = z.object({
@@ -41,7 +42,7 @@ export async function index(parameters: string[]): Promise<void> {
     const worker = new Worker(new URL('./index-worker.js', import.meta.url), {
       resourceLimits: scanThreadLimits(settings.max_entries),
     });
-    const job = {
+    const job: IndexJob = {
       layer,
       // As the daemon does it when nothing is configured; the reference makes a checkpoint every 4 MiB.
       spanSize: settings.span_size,
@@ -49,6 +50,8 @@ export async function index(parameters: string[]): Promise<void> {
         tarindex: path.join(directory, 'ours.erofs'),
         checkpoints: path.join(directory, 'ours.zwin'),
         record: path.join(directory, 'ours.json'),
+        chunks: path.join(directory, 'ours.chunks'),
+        mounted: path.join(directory, 'ours.mounted'),
         refused: path.join(directory, 'ours.refused'),
         journal: path.join(directory, 'ours.resume'),
       },
