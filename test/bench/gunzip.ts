@@ -95,7 +95,7 @@ async function indexLayer(
   const indexer = new GzipIndexer({
     spanSize: parseConfiguration('', 'default').index.span_size,
     maxUncompressedBytes: Number.MAX_SAFE_INTEGER,
-    onCheckpoint: (point) => points.push([{ ...point }, packWindow(point.window)]),
+    onCheckpoint: (point, head) => points.push([{ ...point }, packWindow(point.window, head)]),
   });
   indexer.write(readFileSync(layer));
   const summary = indexer.finish();

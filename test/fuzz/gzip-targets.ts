@@ -76,7 +76,7 @@ async function indexTo(file: string, blob: Buffer): Promise<{ spanDigests: Buffe
   const indexer = new GzipIndexer({
     spanSize: SPAN,
     maxUncompressedBytes: MAX_UNCOMPRESSED,
-    onCheckpoint: (point) => points.push([{ ...point }, packWindow(point.window)]),
+    onCheckpoint: (point, head) => points.push([{ ...point }, packWindow(point.window, head)]),
   });
   indexer.write(blob);
   const summary = indexer.finish();
@@ -139,13 +139,12 @@ async function readsAreRight(
   }
 }
 
-function inflateAll(pieces: readonly Buffer[], openInflater: () => RawInflater): Outcome<string> {
+function inflateAll(pieces: readonly Buffer[], inflater: RawInflater): Outcome<string> {
   const hash = createHash('sha256');
   const indexer = new GzipIndexer({
     spanSize: SPAN,
     maxUncompressedBytes: MAX_UNCOMPRESSED,
-    openInflater,
-    onCheckpoint: () => undefined,
+    inflater,
     onData: (chunk) => hash.update(chunk),
   });
   try {
@@ -166,9 +165,9 @@ export async function gzip(seed: number, scratch: string): Promise<void> {
   const all = await allSamples(scratch);
   const { blob } = all[pick(all.length)] ?? none();
   const damaged = pick(10) ? mutate(blob, pick) : Buffer.concat([blob, mutate(blob, pick)]);
-  const native = inflateAll([damaged], openRawInflater);
+  const native = inflateAll([damaged], openRawInflater());
   const pieces = split(damaged, pick);
-  const pure = inflateAll(pick(4) ? pieces : [damaged], pick(3) ? openRawInflater : () => new PureInflater());
+  const pure = inflateAll(pick(4) ? pieces : [damaged], pick(3) ? openRawInflater() : new PureInflater());
   must('value' in native === 'value' in pure, 'another outcome when the blob is cut differently');
   if ('refused' in native) {
     must(/at compressed byte \d+/.test(native.refused), `it does not say where: ${native.refused}`);

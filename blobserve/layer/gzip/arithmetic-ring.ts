@@ -6,11 +6,13 @@
  *     i32 slots written | i32 slots done | for each slot: i32 stream, i32 length or what to do | the slots' bytes
  *
  * Counts run on modulo 2^32. An answer is put in the slot that asked for it: a stream's digest when it ends, its state, or a
- * window as it is stored, behind its CRC-32, with its length in place of the window's.
+ * window as it is stored, behind its CRC-32, with its length in place of what was to be packed.
  */
 export const SLOTS = 16;
 export const SLOT_SIZE = 256 * 1024;
 export const DIGEST_SIZE = 32;
+/** Places before a window that is to be packed: of its length, then of bits and last byte of its span's head, which follows the window. */
+export const WINDOW_HEADER = { size: 8, length: 0, bits: 4, lastByte: 5 } as const;
 /** Bytes of the CRC-32 before a packed window. */
 export const CRC_SIZE = 4;
 /** In place of a length: the stream is complete. */
@@ -21,7 +23,7 @@ export const SAVE = -2;
 export const RESUME = -3;
 /** In place of a stream's number: the thread is to end. */
 export const QUIT = -1;
-/** In place of a stream's number: the slot has a window to pack. */
+/** In place of a stream's number: the slot has a window to pack; the length is that of all of it. */
 export const PACK = -2;
 
 const CONTROL_INTS = 2 + 2 * SLOTS;

@@ -1,7 +1,8 @@
 /** The arithmetic thread: takes slots from the ring until it is told to quit. Started by arithmetic-thread.ts. */
 import { parentPort, workerData } from 'node:worker_threads';
 import { nativeSha256, openSha256, type Sha256, SHA256_STATE_SIZE } from '../../linux/sha256.js';
-import { ArithmeticRing, CRC_SIZE, END, PACK, QUIT, RESUME, SAVE } from './arithmetic-ring.js';
+import { nativeZlib } from '../../linux/zlib.js';
+import { ArithmeticRing, CRC_SIZE, END, PACK, QUIT, RESUME, SAVE, WINDOW_HEADER } from './arithmetic-ring.js';
 import { packWindow } from './packed-window.js';
 
 if (!(workerData instanceof SharedArrayBuffer)) throw new Error('the arithmetic thread needs its ring');
@@ -9,6 +10,7 @@ const ring = new ArithmeticRing(workerData);
 const streams = new Map<number, Sha256>();
 // Before it says anything: see end-thread.ts.
 nativeSha256();
+nativeZlib();
 parentPort?.postMessage('ready');
 
 function hash(stream: number, length: number, slot: Buffer): void {
@@ -26,7 +28,14 @@ function hash(stream: number, length: number, slot: Buffer): void {
 }
 
 function pack(count: number, length: number, slot: Buffer): void {
-  const { stored, storedCrc } = packWindow(slot.subarray(0, length));
+  const { size, ...at } = WINDOW_HEADER;
+  const windowEnd = size + slot.readUInt32LE(at.length);
+  const head = {
+    bits: slot.readUInt8(at.bits),
+    lastByte: slot.readUInt8(at.lastByte),
+    bytes: slot.subarray(windowEnd, length),
+  };
+  const { stored, storedCrc } = packWindow(slot.subarray(size, windowEnd), head);
   slot.writeUInt32LE(storedCrc, 0);
   stored.copy(slot, CRC_SIZE);
   ring.describe(count, PACK, stored.length);

@@ -3,12 +3,14 @@ import { mkdirSync, mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSyn
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
+import { deflateRawSync } from 'node:zlib';
 import ts from 'typescript';
 import { afterAll, expect, it } from 'vitest';
 import { SLOT_SIZE, SLOTS } from './arithmetic-ring.js';
 import { ArithmeticThread } from './arithmetic-thread.js';
 import { packWindow } from './packed-window.js';
 import { mixture, random } from './sample-data.js';
+import { LONGEST_HEAD } from './sparse-window.js';
 
 // A thread is started from a compiled file; tests run from the sources.
 const directory = mkdtempSync(path.join(tmpdir(), 'arithmetic-thread-'));
@@ -18,9 +20,13 @@ symlinkSync(path.join(blobserve, '..', 'node_modules'), path.join(directory, 'no
 for (const folder of ['linux', 'layer/gzip']) mkdirSync(path.join(directory, folder), { recursive: true });
 for (const name of [
   'linux/sha256',
+  'linux/zlib',
   'layer/gzip/arithmetic-ring',
   'layer/gzip/arithmetic-thread-main',
+  'layer/gzip/inflate',
   'layer/gzip/packed-window',
+  'layer/gzip/raw-inflater',
+  'layer/gzip/sparse-window',
 ]) {
   const source = readFileSync(path.join(blobserve, `${name}.ts`), 'utf8');
   const { outputText } = ts.transpileModule(source, {
@@ -75,10 +81,14 @@ it('packs windows as packWindow does, among hashes, asked for at once or long af
     const at = next() % (data.length - 32_768);
     const length = number % 7 === 0 ? next() % 300 : 32_768;
     const window = Buffer.from(data.subarray(at, at + length));
-    const expected = packWindow(window);
-    const packed = thread.packWindow(window);
-    // It is the caller's again.
+    const behind = data.subarray(at + length, at + length + 40_000);
+    const bytes = deflateRawSync(behind, length > 0 ? { dictionary: window } : {});
+    const head = { bits: 0, lastByte: next() & 0xff, bytes };
+    const expected = packWindow(window, head);
+    const packed = thread.packWindow(window, head);
+    // They are the caller's again.
     window.fill(0);
+    bytes.fill(0);
     if (next() % 2 === 0) hash.update(data.subarray(0, next() % (2 * SLOT_SIZE)));
     if (number % 5 === 0) expect(packed.take()).toEqual(expected);
     return { packed, expected };
@@ -87,7 +97,13 @@ it('packs windows as packWindow does, among hashes, asked for at once or long af
     expect(packed.take()).toEqual(expected);
     expect(packed.ready).toBe(true);
   }
-  expect(() => thread.packWindow(data.subarray(0, 32_769))).toThrow(RangeError);
-  expect(thread.packWindow(Buffer.alloc(0)).take()).toEqual(packWindow(Buffer.alloc(0)));
+  const head = { bits: 0, lastByte: 0, bytes: data.subarray(0, LONGEST_HEAD) };
+  expect(() => thread.packWindow(data.subarray(0, 32_769), head)).toThrow(RangeError);
+  const long = { ...head, bytes: data.subarray(0, LONGEST_HEAD + 1) };
+  expect(() => thread.packWindow(data.subarray(0, 32_768), long)).toThrow(RangeError);
+  expect(thread.packWindow(data.subarray(0, 32_768), head).take()).toEqual(
+    packWindow(data.subarray(0, 32_768)),
+  );
+  expect(thread.packWindow(Buffer.alloc(0), head).take()).toEqual(packWindow(Buffer.alloc(0)));
   await thread.close();
 });

@@ -18,8 +18,10 @@ import {
   SAVE,
   SLOT_SIZE,
   SLOTS,
+  WINDOW_HEADER,
 } from './arithmetic-ring.js';
 import { type PackedWindow, packWindow } from './packed-window.js';
+import { LONGEST_HEAD, type SpanHead } from './sparse-window.js';
 
 /** A slot takes about a millisecond at most: a thread that is silent so long is dead. */
 const PATIENCE_MS = 30_000;
@@ -91,16 +93,23 @@ export class ArithmeticThread implements Arithmetic {
     };
   }
 
-  /** @throws {RangeError} it is longer than a window */
-  packWindow(window: Buffer): WindowBeingPacked {
+  /** @throws {RangeError} it is longer than a window, or its span's head than a head */
+  packWindow(window: Buffer, { bits, lastByte, bytes }: SpanHead): WindowBeingPacked {
     const windowSize = window.length;
     if (windowSize > WINDOW_SIZE)
       throw new RangeError(`a window has at most ${WINDOW_SIZE} bytes, not ${windowSize}`);
+    if (bytes.length > LONGEST_HEAD)
+      throw new RangeError(`the head of a span has at most ${LONGEST_HEAD} bytes, not ${bytes.length}`);
     if (windowSize === 0) return { ready: true, take: () => packWindow(window) };
-    window.copy(this.#nextSlot());
+    const slot = this.#nextSlot();
+    slot.writeUInt32LE(windowSize, WINDOW_HEADER.length);
+    slot.writeUInt8(bits, WINDOW_HEADER.bits);
+    slot.writeUInt8(lastByte, WINDOW_HEADER.lastByte);
+    window.copy(slot, WINDOW_HEADER.size);
+    bytes.copy(slot, WINDOW_HEADER.size + windowSize);
     const packing: Packing = { slot: this.#written, windowSize, packed: undefined };
     this.#packing.push(packing);
-    this.#hand(PACK, windowSize);
+    this.#hand(PACK, WINDOW_HEADER.size + windowSize + bytes.length);
     const isReady = (): boolean => {
       if (packing.packed === undefined) this.#collect();
       return packing.packed !== undefined;

@@ -4,6 +4,7 @@
  */
 import { openSha256, type Sha256 } from '../../linux/sha256.js';
 import { type PackedWindow, packWindow } from './packed-window.js';
+import type { SpanHead } from './sparse-window.js';
 
 export interface Arithmetic {
   /**
@@ -13,8 +14,8 @@ export interface Arithmetic {
    */
   sha256(state?: Buffer): Sha256;
 
-  /** Begins to pack a window; it is the caller's again at once. */
-  packWindow(window: Buffer): WindowBeingPacked;
+  /** Begins to pack a window, of which the span behind it needs what its head tells; both are the caller's again at once. */
+  packWindow(window: Buffer, head: SpanHead): WindowBeingPacked;
 }
 
 export interface WindowBeingPacked {
@@ -27,8 +28,8 @@ export interface WindowBeingPacked {
 /** Done where it is asked for. */
 export const inlineArithmetic: Arithmetic = {
   sha256: openSha256,
-  packWindow: (window) => {
-    const packed = packWindow(window);
+  packWindow: (window, head) => {
+    const packed = packWindow(window, head);
     return { ready: true, take: () => packed };
   },
 };

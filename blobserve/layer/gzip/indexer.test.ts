@@ -8,10 +8,11 @@ import { GzipIndexer, type IndexSummary } from './indexer.js';
 import { PureInflater } from './inflate.js';
 import { openRawInflater } from './raw-inflater.js';
 import { member, mixture, random } from './sample-data.js';
+import { sparseWindow } from './sparse-window.js';
 
 interface Indexed extends IndexSummary {
   readonly data: Buffer;
-  readonly points: { in: number; out: number; bits: number; window: Buffer }[];
+  readonly points: { in: number; out: number; bits: number; window: Buffer; sparse: Buffer }[];
 }
 
 function index(
@@ -23,9 +24,12 @@ function index(
   const indexer = new GzipIndexer({
     spanSize: options.spanSize ?? 65536,
     maxUncompressedBytes: options.max ?? 1 << 30,
-    onCheckpoint: (point) => points.push({ ...point, window: Buffer.from(point.window) }),
+    onCheckpoint: (point, head) => {
+      const window = Buffer.from(point.window);
+      points.push({ ...point, window, sparse: sparseWindow(window, head) });
+    },
     onData: (chunk) => data.push(Buffer.from(chunk)),
-    ...(options.pure ? { openInflater: () => new PureInflater() } : {}),
+    ...(options.pure ? { inflater: new PureInflater() } : {}),
   });
   try {
     for (let at = 0; at < blob.length;) {
@@ -54,7 +58,7 @@ function inflateFrom(start: InflateStart, span: Buffer, most: number): Buffer {
 
 /** All of an index in a few lines, for comparison. */
 function fingerprint({ points, spanDigests, diffId, blobDigest }: Indexed): string[] {
-  const lines = points.map((p) => `${p.in} ${p.out} ${p.bits} ${sha256(p.window)}`);
+  const lines = points.map((p) => `${p.in} ${p.out} ${p.bits} ${sha256(p.window)} ${sha256(p.sparse)}`);
   return [...lines, sha256(spanDigests), diffId, blobDigest];
 }
 
@@ -107,10 +111,11 @@ describe('the index', () => {
       expect(got.spanDigests.subarray(i * 32, i * 32 + 32)).toEqual(
         createHash('sha256').update(span).digest(),
       );
-      const before = text.subarray(point.out - point.window.length, point.out);
-      expect(point.window.every((byte, at) => byte === 0 || byte === before[at])).toBe(true);
-      const lastByte = blob[point.in - 1] ?? 0;
-      expect(inflateFrom({ ...point, lastByte }, blob.subarray(point.in, end), 40_000)).toEqual(
+      expect(point.window.equals(text.subarray(point.out - point.window.length, point.out))).toBe(true);
+      // What its span's head leaves of the window is enough for the span, and not all of it.
+      if (point.window.length > 0) expect(point.sparse.equals(point.window)).toBe(false);
+      const start = { bits: point.bits, lastByte: blob[point.in - 1] ?? 0, window: point.sparse };
+      expect(inflateFrom(start, blob.subarray(point.in, end), 40_000)).toEqual(
         text.subarray(point.out, Math.min(point.out + 40_000, next?.out ?? text.length)),
       );
       // Blocks of zlib hold up to 16383 symbols: the distance is the span and at most one block.

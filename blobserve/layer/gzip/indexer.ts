@@ -16,7 +16,7 @@ import { DEFAULT_SPAN_SIZE } from './checkpoints.js';
 import { GzipError } from './gzip-error.js';
 import { checkTrailer, FIRST_BYTE, GzipHeader, TRAILER_SIZE } from './header.js';
 import { openRawInflater } from './raw-inflater.js';
-import { WindowTrace } from './window-trace.js';
+import { LONGEST_HEAD, type SpanHead } from './sparse-window.js';
 
 /** Output in one piece: fits a core's cache, so that the hash finds it there. */
 const OUTPUT_SIZE = 256 * 1024;
@@ -33,16 +33,13 @@ export interface IndexedCheckpoint {
   readonly in: number;
   readonly out: number;
   readonly bits: number;
-  /**
-   * The output before it, at most 32768 bytes, with zeros where the span does not refer to it (window-trace.ts); valid until the
-   * callback returns.
-   */
+  /** The output before it, at most 32768 bytes; valid until the callback returns. */
   readonly window: Buffer;
 }
 
 /** All that an indexer needs to go on behind a checkpoint. Numbers are bytes. */
 export interface IndexerState {
-  /** The checkpoint, with all of its window, which belongs to the state. */
+  /** The checkpoint; its window belongs to the state. */
   readonly checkpoint: IndexedCheckpoint;
   /** The byte before it, of which it may need bits. */
   readonly byteBefore: number;
@@ -68,18 +65,21 @@ export interface IndexerOptions {
   readonly spanSize?: number;
   /** More uncompressed bytes than this are refused: what the disk, or the manifest, has room for. */
   readonly maxUncompressedBytes: number;
-  /** Called for each checkpoint, in order, when up to 32768 bytes behind it have been seen. Without it windows are not looked at. */
-  readonly onCheckpoint?: (checkpoint: IndexedCheckpoint) => void;
+  /**
+   * Called for each checkpoint, in order, when the head of its span has been read, which is valid until the callback returns too.
+   * Whoever wants none of them needs none of this.
+   */
+  readonly onCheckpoint?: (checkpoint: IndexedCheckpoint, head: SpanHead) => void;
   /** Called with the uncompressed bytes, in order; a chunk is valid until the callback returns. */
   readonly onData?: (chunk: Buffer) => void;
-  /** Opens who inflates; the indexer closes them. Default: zlib. */
-  readonly openInflater?: () => RawInflater;
+  /** Who inflates; the indexer closes it. Default: zlib. */
+  readonly inflater?: RawInflater;
   /** Makes the SHA-256 of blob and diff ID: an arithmetic thread's uses a second core. Default: on this thread. */
   readonly sha256?: (state?: Buffer) => Sha256;
   /**
    * Called at the first checkpoint after so many bytes since the start or the last call, when all output before it has
-   * been handed on, and before `onCheckpoint` is for that one; the state is valid until the callback returns. Not called
-   * where SHA-256 cannot be saved.
+   * been handed on, and before `onCheckpoint` for that one; the state is valid until the callback returns. Not called where
+   * SHA-256 cannot be saved.
    */
   readonly onResumePoint?: (state: IndexerState) => void;
   /** Default: 32 MiB compressed or 256 MiB uncompressed, about a second of work. */
@@ -116,9 +116,10 @@ export class GzipIndexer {
   readonly #inflater: RawInflater;
   readonly #output = Buffer.from(new ArrayBuffer(OUTPUT_SIZE));
   readonly #window = Buffer.from(new ArrayBuffer(WINDOW_SIZE));
-  readonly #trace: WindowTrace | undefined;
-  /** The checkpoint whose window is being traced. */
-  #traced: Omit<IndexedCheckpoint, 'window'> | undefined;
+  /** The checkpoint whose span's head is being read, and that. */
+  #open: { readonly point: IndexedCheckpoint; readonly lastByte: number } | undefined;
+  readonly #head = Buffer.from(new ArrayBuffer(LONGEST_HEAD));
+  #headFilled = 0;
   readonly #blobHash: Sha256;
   readonly #diffHash: Sha256;
   readonly #spanDigests: Buffer[] = [];
@@ -153,9 +154,7 @@ export class GzipIndexer {
     const { resumeFrom } = options;
     this.#blobHash = sha256(resumeFrom?.blobHash);
     this.#diffHash = sha256(resumeFrom?.diffHash);
-    const open = options.openInflater ?? openRawInflater;
-    this.#inflater = open();
-    if (options.onCheckpoint !== undefined) this.#trace = new WindowTrace(open);
+    this.#inflater = options.inflater ?? openRawInflater();
     if (resumeFrom !== undefined) this.#resume(resumeFrom);
   }
 
@@ -198,7 +197,6 @@ export class GzipIndexer {
       throw new GzipError(`the gzip stream ends inside a member's ${where}`, size);
     }
     this.#endSpan();
-    this.#endTrace();
     this.#state = 'finished';
     return {
       sizes: { compressed: size, uncompressed: this.#uncompressed },
@@ -214,7 +212,6 @@ export class GzipIndexer {
   /** Frees what is outside of the heap. Idempotent. */
   close(): void {
     this.#inflater.close();
-    this.#trace?.close();
     if (this.#state !== 'finished') this.#state = 'failed';
   }
 
@@ -222,19 +219,24 @@ export class GzipIndexer {
     let at = 0;
     /** Up to where the chunk is in the hash of the span under way. */
     let hashed = 0;
+    /** Up to where it is in the head of that span. */
+    let headed = 0;
+    const readHead = (end: number): void => {
+      if (this.#open === undefined) return;
+      this.#headFilled += chunk.copy(this.#head, this.#headFilled, headed, end);
+      headed = end;
+    };
     const checkpoint = (bits: number): void => {
       this.#spanHash?.update(chunk.subarray(hashed, at));
       hashed = at;
       const byteBefore = at > 0 ? (chunk[at - 1] ?? 0) : this.#byteBefore;
       const point = this.#checkpoint(this.#chunkStart + at, bits, byteBefore);
-      if (this.#resumePointIsDue(point)) {
-        this.#blobHash.update(chunk.subarray(this.#blobHashed, at));
-        this.#blobHashed = at;
-        this.#resumePoint(point, byteBefore);
-      }
-      this.#traceWindow(chunk.subarray(at));
+      headed = at;
+      if (!this.#resumePointIsDue(point)) return;
+      this.#blobHash.update(chunk.subarray(this.#blobHashed, at));
+      this.#blobHashed = at;
+      this.#resumePoint(point, byteBefore);
     };
-    this.#traceWindow(chunk);
     // Inflation may have output left when the input is used up: only a step that leaves room ends the loop.
     let pending = false;
     while (at < chunk.length || pending) {
@@ -250,6 +252,10 @@ export class GzipIndexer {
           const step = this.#inflate(chunk, at);
           at += step.consumed;
           pending = step.produced === room;
+          if (step.state === 'end' || this.#headIsComplete()) {
+            readHead(at);
+            this.#endHead();
+          }
           if (step.state === 'end') {
             this.#flush();
             this.#state = 'trailer';
@@ -288,6 +294,7 @@ export class GzipIndexer {
       }
     }
     this.#spanHash?.update(chunk.subarray(hashed));
+    readHead(chunk.length);
     this.#byteBefore = chunk.at(-1) ?? this.#byteBefore;
   }
 
@@ -340,26 +347,23 @@ export class GzipIndexer {
     this.#beginSpan(bits, byteBefore);
     const length = this.#inflater.copyWindow(this.#window);
     const window = this.#window.subarray(0, length);
-    const point = { in: position, out: this.#uncompressed, bits };
-    this.#endTrace();
-    this.#trace?.begin({ bits, lastByte: byteBefore, window });
-    this.#traced = point;
-    return { ...point, window };
+    const point = { in: position, out: this.#uncompressed, bits, window };
+    this.#open = { point, lastByte: byteBefore };
+    this.#headFilled = 0;
+    return point;
   }
 
-  /**
-   * Gives the bytes behind a checkpoint to the trace of its window. They are given before they are inflated here, so a trace has
-   * all that it needs when the next checkpoint comes.
-   */
-  #traceWindow(bytes: Buffer): void {
-    if (this.#traced !== undefined && this.#trace?.write(bytes) === true) this.#endTrace();
+  /** What comes now is too far away from the checkpoint to refer to its window. */
+  #headIsComplete(): boolean {
+    return this.#open !== undefined && this.#uncompressed - this.#open.point.out >= WINDOW_SIZE;
   }
 
-  #endTrace(): void {
-    const [point, trace] = [this.#traced, this.#trace];
-    if (point === undefined || trace === undefined) return;
-    this.#traced = undefined;
-    this.#options.onCheckpoint?.({ ...point, window: trace.take() });
+  #endHead(): void {
+    if (this.#open === undefined) return;
+    const { point, lastByte } = this.#open;
+    this.#open = undefined;
+    const bytes = this.#head.subarray(0, this.#headFilled);
+    this.#options.onCheckpoint?.(point, { bits: point.bits, lastByte, bytes });
   }
 
   #beginSpan(bits: number, byteBefore: number): void {

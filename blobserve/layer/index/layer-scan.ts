@@ -135,7 +135,8 @@ export class LayerScan {
       spanSize: options.spanSize,
       maxUncompressedBytes: options.maxUncompressedBytes,
       sha256: (state) => arithmetic.sha256(state),
-      onCheckpoint: (found) => this.#found.push({ ...found, window: arithmetic.packWindow(found.window) }),
+      onCheckpoint: (found, head) =>
+        this.#found.push({ ...found, window: arithmetic.packWindow(found.window, head) }),
       onData: (chunk) => this.#scanner.write(chunk),
       ...(journal !== undefined && { onResumePoint: (state: IndexerState) => this.#beginPoint(state) }),
       ...(options.resumable?.distance !== undefined && { resumeDistance: options.resumable.distance }),
