@@ -2,7 +2,7 @@
  * A whole stack in a private directory: registry, snapshotter, containerd, each started when asked for and stopped in
  * the order that lets each finish: containers, containerd, snapshotter, data plane, registry.
  */
-import { copyFile, readdir } from 'node:fs/promises';
+import { copyFile, mkdir, readdir } from 'node:fs/promises';
 import path from 'node:path';
 import { startContainerd, type Containerd, type ContainerdOptions, type ProxyPlugin } from './containerd.js';
 import type { Daemon } from './daemon-process.js';
@@ -82,6 +82,7 @@ export class Stack {
     const kept = process.env['EROFS_NBD_TEST_LOGS'];
     if (!kept) return;
     const names = (await readdir(this.directory).catch(() => [])).filter((name) => name.endsWith('.log'));
+    await mkdir(kept, { recursive: true });
     for (const name of names) {
       await copyFile(
         path.join(this.directory, name),
