@@ -9,9 +9,9 @@ import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { execa } from 'execa';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { patience } from '../test/patience.js';
 import { mountAt } from './mount-table.js';
 import { Mounter } from './mounter.js';
-import { patience } from '../test/patience.js';
 
 const BUILT = fileURLToPath(new URL('../dist/snapshotter/mount-child.js', import.meta.url));
 const whyNot =

@@ -66,8 +66,8 @@ export interface IndexerOptions {
   /** More uncompressed bytes than this are refused: what the disk, or the manifest, has room for. */
   readonly maxUncompressedBytes: number;
   /**
-   * Called for each checkpoint, in order, when the head of its span has been read, which is valid until the callback returns too.
-   * Whoever wants none of them needs none of this.
+   * Called for each checkpoint, in order, when the head of its span has been read; that is valid until the callback returns too.
+   * Left out by who wants the data alone.
    */
   readonly onCheckpoint?: (checkpoint: IndexedCheckpoint, head: SpanHead) => void;
   /** Called with the uncompressed bytes, in order; a chunk is valid until the callback returns. */
