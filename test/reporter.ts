@@ -1,8 +1,9 @@
 /**
- * A vitest reporter for who reads the end of a log: every skipped test with its reason, then the counts in words, then
- * the same counts as one JSON object.
+ * A vitest reporter for who reads the end of a log: every skipped test with its reason, every failed one with its error,
+ * then the counts in words, then the same counts as one JSON object.
  */
 import path from 'node:path';
+import { stripVTControlCharacters } from 'node:util';
 import type { Reporter, TestCase, TestModule, TestSuite } from 'vitest/node';
 
 /** What a run came to. */
@@ -14,19 +15,29 @@ export interface Counts {
 
 export default class CountingReporter implements Reporter {
   onTestRunEnd(modules: readonly TestModule[], unhandled: readonly unknown[]): void {
-    const counts: Counts = { passed: 0, failed: unhandled.length, skipped: 0 };
+    let passed = 0;
     const skipped: string[] = [];
+    const failed = unhandled.map((error) => `outside of tests: ${messageOf(error)}`);
     for (const module of modules) {
+      const file = path.relative(process.cwd(), module.moduleId);
       // A file that does not load, or a hook that fails, has no failing test to count.
-      counts.failed += module.errors().length;
-      for (const suite of module.children.allSuites()) counts.failed += suite.errors().length;
-      for (const test of module.children.allTests()) count(test, module, counts, skipped);
+      for (const error of module.errors()) failed.push(`${file}: ${messageOf(error)}`);
+      for (const suite of module.children.allSuites())
+        for (const error of suite.errors()) failed.push(`${file} > ${suite.fullName}: ${messageOf(error)}`);
+      for (const test of module.children.allTests()) {
+        const name = `${file} > ${test.fullName}`;
+        const result = test.result();
+        if (result.state === 'passed') passed++;
+        else if (result.state === 'skipped') skipped.push(`${name}: ${result.note ?? modeOf(test)}`);
+        // `pending` at the end of a run: it was begun and never finished.
+        else failed.push(`${name}: ${result.errors?.map(messageOf).join('; ') ?? 'never finished'}`);
+      }
     }
-    const lines = skipped.length > 0 ? ['', 'Skipped:', ...skipped.map((line) => `  ${line}`)] : [];
-    const { passed, failed } = counts;
+    const counts: Counts = { passed, failed: failed.length, skipped: skipped.length };
+    const lines = [...section('Skipped:', skipped), ...section('Failed:', failed)];
     lines.push(
       '',
-      `${passed} passed, ${failed} failed, ${counts.skipped} skipped`,
+      `${passed} passed, ${failed.length} failed, ${skipped.length} skipped`,
       JSON.stringify(counts),
       '',
     );
@@ -35,17 +46,14 @@ export default class CountingReporter implements Reporter {
   }
 }
 
-function count(test: TestCase, module: TestModule, counts: Counts, skipped: string[]): void {
-  const result = test.result();
-  if (result.state === 'passed') counts.passed++;
-  else if (result.state === 'skipped') {
-    counts.skipped++;
-    const why = result.note ?? modeOf(test);
-    skipped.push(`${path.relative(process.cwd(), module.moduleId)} > ${test.fullName}: ${why}`);
-  } else {
-    // `pending` at the end of a run: it was begun and never finished.
-    counts.failed++;
-  }
+function section(title: string, lines: readonly string[]): string[] {
+  return lines.length > 0 ? ['', title, ...lines.map((line) => `  ${line}`)] : [];
+}
+
+/** The first line of it, without colours: what there is to see it whole is further up in the log. */
+function messageOf(error: unknown): string {
+  const message = (error as { message?: unknown } | null)?.message ?? error;
+  return stripVTControlCharacters(String(message)).split('\n', 1)[0]!.slice(0, 300);
 }
 
 /** For a test that never ran and so could not say why: by a mark of its own or of a suite around it. */
