@@ -1,22 +1,20 @@
 /**
- * The spans of a cache that are on their way: queued, requested from the stage below, being compared with their CRC-32,
- * or being written. One request for each span however many want it, adjacent missing spans in one request (also of several
- * readers, and of readahead behind what a reader waits for), what readers wait for before what is only likely to be read,
- * and that before what nobody has asked for.
- *
- * A span goes this way: absent → pending (a request is queued or under way) → its bytes are in the request's buffer, and
- * all who wait have them → ready (in the file). From a request that fails, the spans that came before the failure stay.
+ * The spans of a cache that are to come: which of them are asked for, when, and in what requests (span-fetches.ts). One
+ * request for each span however many want it, adjacent missing spans in one request (also of several readers, and of readahead
+ * behind what a reader waits for), what readers wait for before what is only likely to be read, and that before what nobody
+ * has asked for.
  */
-import { crc32 } from 'node:zlib';
-import { LRUCache } from 'lru-cache';
 import type { Logger } from '../../daemon/log.js';
-import { type BlobReader, ReadError } from './blob-reader.js';
+import type { BlobReader, ReadError } from './blob-reader.js';
 import type { BufferPool, Urgency } from './buffer-pool.js';
 import { counted } from '../metrics.js';
 import type { FetchSlots, FetchUrgency } from './fetch-slots.js';
+import { PendingSpans } from './pending-spans.js';
 import type { ReadingRecord } from './reading-record.js';
+import { SpanFetches, type SpanRange } from './span-fetches.js';
 import { SpanState } from './span-state.js';
 import type { SpanStore } from './span-store.js';
+import { WantedRanges } from './wanted-ranges.js';
 
 export interface SpanRequestsOptions {
   /** The blob, for messages. */
@@ -43,38 +41,6 @@ export interface SpanRequestsOptions {
   log: Logger;
 }
 
-/** A part of a read that waits for a span. */
-interface Waiter {
-  target: Buffer;
-  /** Where in `target`, where in the span, and how much. */
-  at: number;
-  from: number;
-  length: number;
-  resolve: () => void;
-  reject: (error: unknown) => void;
-}
-
-interface PendingSpan {
-  /** Set when the span has come, until it is in the file. */
-  bytes: Buffer | undefined;
-  waiters: Waiter[];
-  /** Whoever waits gets it, and it is not kept. */
-  forgotten: boolean;
-}
-
-/** Adjacent spans, from `first` to the one before `end`. */
-interface SpanRange {
-  first: number;
-  end: number;
-}
-
-/** A span whose bytes are not the right ones, and where they are. */
-interface WrongSpan {
-  readonly span: number;
-  readonly bytes: Buffer;
-  readonly error: ReadError;
-}
-
 /** A download that no reader waits for: resolves with how many bytes came, when all that were missing have. */
 interface Fill {
   first: number;
@@ -98,32 +64,23 @@ interface Fills {
   underWay: number;
 }
 
-/** How often a span is asked for whose bytes are not the right ones. */
-const VERIFY_ATTEMPTS = 3;
-
 /** Hints kept; the oldest are forgotten. */
 const MAX_HINTS = 64;
 
-const DONE = Promise.resolve();
-
 export class SpanRequests {
-  /** Bytes that came from below, and requests that asked for them. */
-  fetchedBytes = 0;
-  requests = 0;
   readonly #options: SpanRequestsOptions;
   readonly #next: BlobReader;
   readonly #store: SpanStore;
-  readonly #spanSize: number;
   readonly #rangeSpans: number;
-  readonly #leastSpans: number;
   /** How many know what will be read. */
   #guides = 0;
   readonly #buffers: BufferPool;
 
-  readonly #pending = new Map<number, PendingSpan>();
+  readonly #pending: PendingSpans;
+  readonly #fetches: SpanFetches;
   /** Queued: spans to compare with their CRC-32, and ranges that readers wait for. */
   readonly #checks: number[] = [];
-  readonly #wanted: SpanRange[] = [];
+  readonly #wanted: WantedRanges;
   /** Hints, the newest last; a span of theirs is pending only when its request begins. */
   readonly #hints: SpanRange[] = [];
   readonly #fills: Readonly<Record<FillUrgency, Fills>>;
@@ -131,14 +88,12 @@ export class SpanRequests {
   readonly #ahead = new Set<number>();
   #backgroundUnderWay = 0;
   #startQueued = false;
-  /** Spans that the disk refused. */
-  readonly #uncached: LRUCache<number, Buffer>;
   readonly #underWay = new Set<Promise<void>>();
   #closed = false;
 
   /** @throws {RangeError} when a span does not fit in a buffer */
   constructor(options: SpanRequestsOptions) {
-    const { next, store, spanSize, buffers, minRangeBytes, maxRangeBytes, uncachedBytes } = options;
+    const { next, store, spanSize, buffers, minRangeBytes, maxRangeBytes } = options;
     if (spanSize > buffers.maxBufferBytes) {
       throw new RangeError(
         `span of ${spanSize} bytes: ${buffers.maxBytes} bytes of memory give buffers of ${buffers.maxBufferBytes} at most`,
@@ -152,23 +107,31 @@ export class SpanRequests {
     };
     this.#next = next;
     this.#store = store;
-    this.#spanSize = spanSize;
-    this.#rangeSpans = Math.max(1, Math.floor(Math.min(maxRangeBytes, buffers.maxBufferBytes) / spanSize));
-    this.#leastSpans = Math.min(this.#rangeSpans, Math.max(1, Math.floor(minRangeBytes / spanSize)));
     this.#buffers = buffers;
-    this.#uncached = new LRUCache({
-      maxSize: Math.max(spanSize, uncachedBytes),
-      sizeCalculation: (bytes) => bytes.length,
+    this.#rangeSpans = Math.max(1, Math.floor(Math.min(maxRangeBytes, buffers.maxBufferBytes) / spanSize));
+    this.#wanted = new WantedRanges({
+      spanCount: store.spanCount,
+      most: this.#rangeSpans,
+      least: Math.min(this.#rangeSpans, Math.max(1, Math.floor(minRangeBytes / spanSize))),
+      fetchable: (span) => this.#fetchable(span),
     });
+    this.#pending = new PendingSpans(Math.max(spanSize, options.uncachedBytes));
+    this.#fetches = new SpanFetches({ ...options, pending: this.#pending });
+  }
+
+  /** Bytes that came from below. */
+  get fetchedBytes(): number {
+    return this.#fetches.fetchedBytes;
+  }
+
+  /** Requests that asked for them. */
+  get requests(): number {
+    return this.#fetches.requests;
   }
 
   /** True when a reader of the span has to wait for the stage below. */
   mustFetch(span: number): boolean {
-    return (
-      this.#store.state(span) === SpanState.Absent &&
-      this.#pending.get(span)?.bytes === undefined &&
-      !this.#uncached.has(span)
-    );
+    return this.#store.state(span) === SpanState.Absent && !this.#pending.holds(span);
   }
 
   /**
@@ -176,16 +139,8 @@ export class SpanRequests {
    * done for it begins when those who ask in the same step have: adjacent spans become one request.
    */
   copy(span: number, target: Buffer, at: number, from: number, length: number): Promise<void> {
-    const pending = this.#pending.get(span);
-    const bytes = pending === undefined ? this.#uncached.get(span) : pending.bytes;
-    if (bytes !== undefined) {
-      bytes.copy(target, at, from, from + length);
-      return DONE;
-    }
-    const { waiters } = pending ?? this.#queue(span);
-    return new Promise((resolve, reject) => {
-      waiters.push({ target, at, from, length, resolve, reject });
-    });
+    if (!this.#pending.has(span)) this.#queue(span);
+    return this.#pending.copy(span, target, at, from, length);
   }
 
   /** Fetches spans [first, end) when there is time, the newest hint first. */
@@ -231,15 +186,12 @@ export class SpanRequests {
 
   /** Forgets the spans that are in memory only, and keeps none of those under way. */
   forget(): void {
-    this.#uncached.clear();
-    for (const pending of this.#pending.values()) pending.forgotten = true;
+    this.#pending.forget();
   }
 
   /** The same for one span. */
   forgetSpan(span: number): void {
-    this.#uncached.delete(span);
-    const pending = this.#pending.get(span);
-    if (pending !== undefined) pending.forgotten = true;
+    this.#pending.forgetSpan(span);
   }
 
   /** Rejects all who wait, closes the stage below, and waits until nothing is under way. */
@@ -249,10 +201,10 @@ export class SpanRequests {
     this.#options.slots?.forget(this.start);
     for (const { queue } of Object.values(this.#fills))
       for (const fill of queue.splice(0)) fill.reject(error);
-    this.#checks.length = this.#wanted.length = this.#hints.length = 0;
-    for (const { waiters } of this.#pending.values()) for (const waiter of waiters) waiter.reject(error);
-    this.#pending.clear();
-    this.#uncached.clear();
+    this.#checks.length = this.#hints.length = 0;
+    this.#wanted.clear();
+    this.#fetches.close();
+    this.#pending.close(error);
     try {
       await this.#next.close();
     } finally {
@@ -267,34 +219,14 @@ export class SpanRequests {
 
   /** True when somebody would have to do something before the span can be read. */
   #lacks(span: number): boolean {
-    return (
-      this.#store.state(span) !== SpanState.Ready && !this.#pending.has(span) && !this.#uncached.has(span)
-    );
+    return this.#store.state(span) !== SpanState.Ready && !this.#pending.has(span);
   }
 
   /** Makes an absent or unchecked span pending, and queues what gets its bytes. */
-  #queue(span: number): PendingSpan {
-    const pending = newPending();
-    this.#pending.set(span, pending);
-    if (this.#store.state(span) !== SpanState.Unchecked) this.#want(span);
-    else {
-      this.#checks.push(span);
-      this.#startSoon();
-    }
-    return pending;
-  }
-
-  /** Queues the fetch of a pending span, with the ranges before and behind it when they end or begin there. */
-  #want(span: number): void {
-    let range = this.#wanted.find(({ first, end }) => end === span && end - first < this.#rangeSpans);
-    if (range === undefined) {
-      range = { first: span, end: span };
-      this.#wanted.push(range);
-    }
-    range.end++;
-    const { first, end } = range;
-    const behind = this.#wanted.findIndex((one) => one.first === end && one.end - first <= this.#rangeSpans);
-    for (const joined of behind < 0 ? [] : this.#wanted.splice(behind, 1)) range.end = joined.end;
+  #queue(span: number): void {
+    this.#pending.begin(span);
+    if (this.#store.state(span) === SpanState.Unchecked) this.#checks.push(span);
+    else this.#wanted.add(span);
     this.#startSoon();
   }
 
@@ -317,15 +249,14 @@ export class SpanRequests {
       this.#checks.shift();
       this.#track(this.#check(span, buffer));
     }
-    for (let range = this.#wanted[0]; range !== undefined; range = this.#wanted[0]) {
+    for (let range = this.#wanted.first; range !== undefined; range = this.#wanted.first) {
       if (!this.#connect('wanted')) return;
       const asked = { ...range };
-      const joined = this.#round(range);
+      const joined = this.#guides > 0 ? [] : this.#wanted.round(range);
       this.#extend(range);
       let buffer = this.#buffers.take(this.#rangeLength(range), 'wanted');
       if (buffer === undefined && range.end - range.first > asked.end - asked.first) {
-        Object.assign(range, asked);
-        this.#wanted.push(...joined);
+        this.#wanted.restore(range, asked, joined);
         buffer = this.#buffers.take(this.#rangeLength(range), 'wanted');
       }
       if (buffer === undefined) {
@@ -334,50 +265,12 @@ export class SpanRequests {
         return;
       }
       this.#wanted.shift();
-      for (let span = range.first; span < range.end; span++) {
-        if (!this.#pending.has(span)) this.#pending.set(span, newPending());
-      }
       this.#track(this.#fetch(range, buffer, 'wanted'));
     }
     while (this.#backgroundUnderWay < this.#options.maxBackgroundRequests && this.#startHint());
     this.#startFills('ahead');
     this.#startFills('background');
   };
-
-  /**
-   * Takes what is missing around a queued range along, up to multiples of the least that is asked for: neighbours are read
-   * together.
-   *
-   * @returns the queued ranges that became part of it, which are not queued any more
-   */
-  #round(range: SpanRange): SpanRange[] {
-    const joined: SpanRange[] = [];
-    if (this.#guides > 0) return joined;
-    const join = (is: (one: SpanRange) => boolean): SpanRange | undefined => {
-      const at = this.#wanted.findIndex(
-        (one) =>
-          one !== range && is(one) && range.end - range.first + one.end - one.first <= this.#rangeSpans,
-      );
-      const [one] = at < 0 ? [] : this.#wanted.splice(at, 1);
-      if (one !== undefined) joined.push(one);
-      return one;
-    };
-    const least = this.#leastSpans;
-    const first = Math.floor(range.first / least) * least;
-    const end = Math.min(Math.ceil(range.end / least) * least, this.#store.spanCount);
-    while (range.end < end && range.end - range.first < this.#rangeSpans) {
-      const behind = this.#fetchable(range.end) ? range.end + 1 : join((one) => one.first === range.end)?.end;
-      if (behind === undefined) break;
-      range.end = behind;
-    }
-    while (range.first > first && range.end - range.first < this.#rangeSpans) {
-      const before = range.first - 1;
-      const from = this.#fetchable(before) ? before : join((one) => one.end === range.first)?.first;
-      if (from === undefined) break;
-      range.first = from;
-    }
-    return joined;
-  }
 
   /** Takes readahead that begins where the range ends along with it: its bytes come behind those that are waited for. */
   #extend(range: SpanRange): void {
@@ -420,7 +313,6 @@ export class SpanRequests {
       if (!unchecked) this.#disconnect();
       return false;
     }
-    for (let span = range.first; span < range.end; span++) this.#pending.set(span, newPending());
     hint.first = range.end;
     this.#backgroundUnderWay++;
     const failed = (error: unknown): void => {
@@ -472,10 +364,7 @@ export class SpanRequests {
       this.#disconnect();
       return false;
     }
-    for (let span = range.first; span < range.end; span++) {
-      this.#pending.set(span, newPending());
-      if (urgency === 'ahead') this.#ahead.add(span);
-    }
+    for (let span = range.first; urgency === 'ahead' && span < range.end; span++) this.#ahead.add(span);
     fill.first = range.end;
     fill.underWay++;
     fills.underWay++;
@@ -515,8 +404,8 @@ export class SpanRequests {
     return buffer;
   }
 
-  #rangeLength({ first, end }: SpanRange): number {
-    return (end - 1 - first) * this.#spanSize + this.#store.spanLength(end - 1);
+  #rangeLength(range: SpanRange): number {
+    return this.#fetches.lengthOf(range);
   }
 
   #track(operation: Promise<void>): void {
@@ -524,19 +413,14 @@ export class SpanRequests {
     this.#underWay.add(tracked);
   }
 
-  /** Compares a span of an earlier process with its CRC-32; one that is damaged is fetched. */
+  /** Compares a span of an earlier process with its CRC-32; one that is damaged is fetched when somebody waits for it. */
   async #check(span: number, buffer: Buffer): Promise<void> {
-    const bytes = buffer.subarray(0, this.#store.spanLength(span));
-    const right = await this.#store.check(span, bytes, () => this.#options.verify?.(span, bytes));
-    const pending = this.#pending.get(span);
-    if (pending !== undefined) {
-      if (right) {
-        this.#deliver(pending, bytes);
-        this.#pending.delete(span);
-      } else if (pending.waiters.length > 0) {
-        this.#want(span);
-      } else {
-        this.#pending.delete(span);
+    this.#pending.begin(span);
+    if (!(await this.#fetches.check(span, buffer))) {
+      if (!this.#pending.isAwaited(span)) this.#pending.end(span);
+      else {
+        this.#wanted.add(span);
+        this.#startSoon();
       }
     }
     this.#buffers.release(buffer);
@@ -544,7 +428,7 @@ export class SpanRequests {
   }
 
   /**
-   * Fetches a range whose spans are pending, with a connection that has been taken. Never rejects.
+   * Fetches a range with a connection that has been taken. Never rejects.
    *
    * @param failed is told why when the request fails, or when its bytes are not the right ones
    */
@@ -554,182 +438,9 @@ export class SpanRequests {
     urgency: FetchUrgency,
     failed?: (error: unknown) => void,
   ): Promise<void> {
-    const source = urgency === 'wanted' ? 'registry' : urgency;
-    const offset = range.first * this.#spanSize;
-    const bytes = buffer.subarray(0, this.#rangeLength(range));
-    const kept: Promise<void>[] = [];
-    const wrong: WrongSpan[] = [];
-    let filled = 0;
-    let span = range.first;
-    const arrived = (count: number): void => {
-      if (!(count > filled)) return;
-      const came = Math.min(count, bytes.length) - filled;
-      this.fetchedBytes += came;
-      counted.bytes[source] += came;
-      filled = Math.min(count, bytes.length);
-      for (; span < range.end; span++) {
-        const from = span * this.#spanSize - offset;
-        const to = from + this.#store.spanLength(span);
-        if (to > filled) return;
-        kept.push(this.#keep(span, bytes.subarray(from, to), wrong, failed));
-      }
-    };
-    this.requests++;
-    const askedAt = performance.now();
-    let failure: unknown;
-    try {
-      await this.#next.read(bytes, offset, arrived);
-      arrived(bytes.length);
-    } catch (error) {
-      failure = error;
-      for (; span < range.end; span++) this.#fail(span, error);
-      failed?.(error);
-    }
-    const { length } = bytes;
-    this.#options.record?.fetched({ offset, length }, urgency, askedAt, failure !== undefined);
-    // What the disk is doing takes no connection.
-    this.#disconnect();
-    await Promise.all(kept);
-    await this.#askAgain(wrong, { bytes, offset }, failed);
+    for (let span = range.first; span < range.end; span++) this.#pending.begin(span);
+    const answered = (): void => this.#disconnect();
+    await this.#fetches.fetch(range, buffer, { urgency, answered, failed });
     this.#buffers.release(buffer);
   }
-
-  /**
-   * Hands a span that has come to all who wait for it, then to the disk. Never rejects.
-   *
-   * @param wrong gets it when its bytes are not the right ones
-   */
-  async #keep(
-    span: number,
-    bytes: Buffer,
-    wrong: WrongSpan[],
-    failed?: (error: unknown) => void,
-  ): Promise<void> {
-    if (this.#closed) return;
-    try {
-      if (this.#options.verify !== undefined || this.#store.evictedCrc(span) !== undefined) {
-        await this.#verify(span, bytes);
-      }
-    } catch (error) {
-      if (error instanceof ReadError && error.kind === 'corrupt') {
-        wrong.push({ span, bytes, error });
-        return;
-      }
-      this.#fail(span, error);
-      failed?.(error);
-      return;
-    }
-    const pending = this.#pending.get(span);
-    if (pending === undefined) return;
-    this.#deliver(pending, bytes);
-    const stored = !pending.forgotten && (await this.#store.write(span, bytes));
-    // The disk takes spans again: those in memory are to be fetched again, and kept.
-    if (stored) this.#uncached.clear();
-    else if (!this.#closed && !pending.forgotten) this.#uncached.set(span, Buffer.from(bytes));
-    this.#pending.delete(span);
-  }
-
-  /** Compares a span with what is known of it. @throws {ReadError} `corrupt` */
-  async #verify(span: number, bytes: Buffer): Promise<void> {
-    const proven = (await this.#options.verify?.(span, bytes)) ?? false;
-    if (!proven) this.#compareWithEvicted(span, bytes);
-  }
-
-  /**
-   * Asks for spans again that were not the right ones, something on the way may have garbled them: adjacent ones together, so
-   * that a registry that sends wrong bytes is not asked for each piece of them by itself. Never rejects.
-   *
-   * @param request whose bytes they are part of, and where in the blob those begin
-   */
-  async #askAgain(
-    wrong: readonly WrongSpan[],
-    request: { readonly bytes: Buffer; readonly offset: number },
-    failed?: (error: unknown) => void,
-  ): Promise<void> {
-    let spans = wrong;
-    for (let attempt = 1; spans.length > 0; attempt++) {
-      const still: WrongSpan[] = [];
-      const isLast = attempt === VERIFY_ATTEMPTS || this.#closed;
-      const again = adjacent(spans).map(async (run) => {
-        const [first] = run;
-        const last = run.at(-1);
-        if (first === undefined || last === undefined) return;
-        const offset = first.span * this.#spanSize;
-        const length = last.span * this.#spanSize + last.bytes.length - offset;
-        const { name, log } = this.#options;
-        const about = { blob: name, span: first.span, offset, length, attempt, reason: first.error.message };
-        log.warn(about, 'wrong bytes came; they are not used');
-        this.#next.distrust?.(offset, length);
-        if (isLast) {
-          this.#failAll(run, undefined, failed);
-          return;
-        }
-        this.requests++;
-        try {
-          const from = offset - request.offset;
-          await this.#next.read(request.bytes.subarray(from, from + length), offset);
-        } catch (error) {
-          this.#failAll(run, error, failed);
-          return;
-        }
-        this.fetchedBytes += length;
-        await Promise.all(run.map(({ span, bytes }) => this.#keep(span, bytes, still, failed)));
-      });
-      await Promise.all(again);
-      spans = still;
-    }
-  }
-
-  /** @param error of all; undefined: of each its own */
-  #failAll(spans: readonly WrongSpan[], error: unknown, failed?: (error: unknown) => void): void {
-    for (const wrong of spans) {
-      this.#fail(wrong.span, error ?? wrong.error);
-      failed?.(error ?? wrong.error);
-    }
-  }
-
-  /** Bytes that were here before and come again are the same ones. */
-  #compareWithEvicted(span: number, bytes: Buffer): void {
-    const before = this.#store.evictedCrc(span);
-    if (before === undefined) return;
-    const now = crc32(bytes);
-    if (now === before) return;
-    const place = `span ${span}, ${bytes.length} bytes at ${span * this.#spanSize}`;
-    throw new ReadError(
-      'corrupt',
-      `${this.#options.name}: ${place}: the registry sends other bytes than before (CRC-32 ${hex(now)}, was ${hex(before)}); ` +
-        'one of the two is not what the digest names',
-    );
-  }
-
-  #deliver(pending: PendingSpan, bytes: Buffer): void {
-    pending.bytes = bytes;
-    for (const { target, at, from, length, resolve } of pending.waiters.splice(0)) {
-      bytes.copy(target, at, from, from + length);
-      resolve();
-    }
-  }
-
-  #fail(span: number, error: unknown): void {
-    const pending = this.#pending.get(span);
-    this.#pending.delete(span);
-    for (const { reject } of pending?.waiters ?? []) reject(error);
-  }
 }
-
-function newPending(): PendingSpan {
-  return { bytes: undefined, waiters: [], forgotten: false };
-}
-
-/** Runs of spans that lie side by side, each in order. */
-function adjacent(spans: readonly WrongSpan[]): WrongSpan[][] {
-  const runs: WrongSpan[][] = [];
-  for (const wrong of spans.toSorted((one, other) => one.span - other.span)) {
-    const run = runs.at(-1);
-    if (run?.at(-1)?.span === wrong.span - 1) run.push(wrong);
-    else runs.push([wrong]);
-  }
-  return runs;
-}
-
-const hex = (crc: number): string => crc.toString(16).padStart(8, '0');
