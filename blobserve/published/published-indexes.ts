@@ -5,7 +5,6 @@
 import { Worker } from 'node:worker_threads';
 import { LRUCache } from 'lru-cache';
 import pLimit, { type LimitFunction } from 'p-limit';
-import type { Logger } from '../../daemon/log.js';
 import { endsOnceStarted } from '../end-thread.js';
 import {
   clearIndex,
@@ -16,22 +15,24 @@ import {
 import type { EstargzThreadData, EstargzThreadReply } from '../layer/estargz/estargz-thread.js';
 import type { ZtocThreadData, ZtocThreadReply } from '../layer/soci/ztoc-thread.js';
 import type { BlobReader } from '../readers/blob-reader.js';
-import type { Descriptor, ImageManifest } from '../registry/manifest.js';
+import type { Descriptor } from '../registry/manifest.js';
 import { decodeList, longestDocument, type PrefetchList } from '../prefetch-list.js';
-import { formatReference, parseReference, type Reference } from '../registry/reference.js';
+import { formatReference } from '../registry/reference.js';
 import type { PublishedLayer } from './artifact.js';
 import { ArtifactImporter } from './artifact-importer.js';
-import { type ArtifactIndex, findArtifact } from './artifact-indexes.js';
 import { ByteBudget } from './byte-budget.js';
-import { annotatedTocs, readToc } from './estargz-layers.js';
-import type { IndexRegistry } from './index-registry.js';
-import { findSociIndex, type SociIndex } from './soci-indexes.js';
-
-/** Whose index is believed before the layer is here as a whole: one the image names, any that refers to it, or nobody's. */
-export type IndexTrust = 'pinned' | 'referrers' | 'none';
-
-/** Kinds of published indexes: our own, SOCI's, and the tables of contents that eStargz layers have in themselves. */
-export type IndexSource = 'erofs-nbd' | 'soci' | 'estargz';
+import { readToc } from './estargz-layers.js';
+import {
+  FAILED_KEPT_MS,
+  type Image,
+  imageOf,
+  IMAGES_MAX,
+  IndexSearch,
+  type IndexSearchOptions,
+  type IndexSource,
+  KEPT_MS,
+  type Published,
+} from './index-search.js';
 
 /** A layer of an image, and where its bytes are. */
 export interface PublishedIndexRequest {
@@ -44,15 +45,7 @@ export interface PublishedIndexRequest {
   readonly manifestDigest: string;
 }
 
-export interface PublishedIndexesOptions {
-  readonly registry: IndexRegistry;
-  /** The manifest of a platform, from whoever may have asked for it already; undefined: it is an index. Default: from `registry`. */
-  readonly manifest?: (image: Image, signal: AbortSignal) => Promise<ImageManifest | undefined>;
-  readonly trust: IndexTrust;
-  /** Which kinds are used, the first that there is of them. */
-  readonly sources: readonly IndexSource[];
-  /** Milliseconds that looking for an image's index may take. */
-  readonly lookupTimeoutMs: number;
+export interface PublishedIndexesOptions extends IndexSearchOptions {
   /** Bytes of indexes, as published, that are held in memory together while they are turned into ours; the longest of a layer too. */
   readonly maxBytes: number;
   /** Layers whose SOCI or eStargz index is turned into ours at the same time; default 2. */
@@ -62,17 +55,6 @@ export interface PublishedIndexesOptions {
   readonly maxEntries: number;
   /** Most spans of a prefetch list. */
   readonly maxSpans: number;
-  readonly log: Logger;
-}
-
-export type Image = Reference & { readonly digest: string };
-
-/** What was published for an image. */
-interface Published {
-  readonly artifact: ArtifactIndex | undefined;
-  readonly soci: SociIndex | undefined;
-  /** Digests of tables of contents that its manifest names, by the digest of the layer. */
-  readonly tocs: ReadonlyMap<string, string>;
 }
 
 /** A layer's index to be made: from what, and how. */
@@ -89,16 +71,10 @@ type Message = ZtocThreadReply | EstargzThreadReply;
 const ESTARGZ_THREAD = new URL('../layer/estargz/estargz-thread.js', import.meta.url);
 const ZTOC_THREAD = new URL('../layer/soci/ztoc-thread.js', import.meta.url);
 
-/** Images whose answer is kept, and for how many milliseconds: an index may be published later. */
-const IMAGES_MAX = 256;
-const KEPT_MS = 10 * 60_000;
-/** A registry that cannot be asked is asked again sooner. */
-const FAILED_KEPT_MS = 60_000;
-
 export class PublishedIndexes {
   readonly #options: PublishedIndexesOptions;
-  readonly #images = new LRUCache<string, Promise<Published | undefined>>({ max: IMAGES_MAX, ttl: KEPT_MS });
-  /** Lists, and artifacts of images that nobody has looked for an index of. */
+  readonly #search: IndexSearch;
+  /** By the image's reference. */
   readonly #lists = new LRUCache<string, Promise<PrefetchList | undefined>>({
     max: IMAGES_MAX,
     ttl: KEPT_MS,
@@ -114,6 +90,7 @@ export class PublishedIndexes {
 
   constructor(options: PublishedIndexesOptions) {
     this.#options = options;
+    this.#search = new IndexSearch(options);
     this.#budget = new ByteBudget(options.maxBytes);
     this.#limit = pLimit(options.workers ?? 2);
   }
@@ -127,7 +104,7 @@ export class PublishedIndexes {
     const { trust, sources } = this.#options;
     if (trust === 'none' || manifestDigest === '') return;
     try {
-      void this.#find({ ...parseReference(imageRef), digest: manifestDigest }).then((published) => {
+      void this.#search.find(imageOf(imageRef, manifestDigest)).then((published) => {
         // Most images have none, and native ones need none: for those no thread is started.
         if (published?.artifact !== undefined && sources.includes('erofs-nbd')) this.#importer.expect();
       });
@@ -138,7 +115,7 @@ export class PublishedIndexes {
 
   /** Resolves when no index of an image is on its way: its layers are attached by them, so what starts read of those comes after. */
   async fetched(imageRef: string, manifestDigest: string): Promise<void> {
-    const image = formatReference({ ...parseReference(imageRef), digest: manifestDigest });
+    const image = formatReference(imageOf(imageRef, manifestDigest));
     for (;;) {
       const fetching = [...this.#fetching].flatMap(([one, of]) => (of === image ? [one] : []));
       if (fetching.length === 0) return;
@@ -149,7 +126,7 @@ export class PublishedIndexes {
   /** Digests of the layers that our own or SOCI's index of an image has, as far as it was found. */
   async covered(imageRef: string, manifestDigest: string): Promise<ReadonlySet<string>> {
     if (this.#options.trust === 'none' || manifestDigest === '') return new Set();
-    const published = await this.#find({ ...parseReference(imageRef), digest: manifestDigest });
+    const published = await this.#search.find(imageOf(imageRef, manifestDigest));
     return new Set([...(published?.artifact?.layers.keys() ?? []), ...(published?.soci?.ztocs.keys() ?? [])]);
   }
 
@@ -167,8 +144,8 @@ export class PublishedIndexes {
   ): Promise<LayerIndexRecord | undefined> {
     const { trust, log } = this.#options;
     if (trust === 'none' || request.manifestDigest === '' || request.diffId === '') return undefined;
-    const image = { ...parseReference(request.imageRef), digest: request.manifestDigest };
-    const published = await this.#find(image);
+    const image = imageOf(request.imageRef, request.manifestDigest);
+    const published = await this.#search.find(image);
     const refused = await readRefused(files);
     const lied = 'a published index that lied about the layer before is not used';
     for (const { kind, index, make } of this.#candidates(published, image, request, files, openBlob)) {
@@ -206,7 +183,7 @@ export class PublishedIndexes {
     const { trust, sources, log } = this.#options;
     if (trust === 'none' || manifestDigest === '' || !sources.includes('erofs-nbd'))
       return Promise.resolve(undefined);
-    const image = { ...parseReference(imageRef), digest: manifestDigest };
+    const image = imageOf(imageRef, manifestDigest);
     const key = formatReference(image);
     const known = this.#lists.get(key);
     if (known !== undefined) return known;
@@ -221,8 +198,7 @@ export class PublishedIndexes {
 
   async #askList(image: Image): Promise<PrefetchList | undefined> {
     const { maxSpans, log } = this.#options;
-    const found = this.#images.get(formatReference(image));
-    const artifact = found === undefined ? await this.#askArtifact(image) : (await found)?.artifact;
+    const artifact = await this.#search.artifact(image);
     if (artifact?.prefetch === undefined) return undefined;
     const { digest, size } = artifact.prefetch;
     const longest = longestDocument({ maxSpans });
@@ -233,15 +209,6 @@ export class PublishedIndexes {
     const about = { image: formatReference(image), index: artifact.digest, pinned: artifact.pinned };
     log.info({ ...about, spans: list.length }, 'took a published prefetch list');
     return list;
-  }
-
-  /** Of an image whose layers need no index: its manifest, and what refers to that. */
-  async #askArtifact(image: Image): Promise<ArtifactIndex | undefined> {
-    const { registry, trust, lookupTimeoutMs } = this.#options;
-    const signal = AbortSignal.timeout(lookupTimeoutMs);
-    const annotations = this.#manifest(image, signal).then((manifest) => manifest?.annotations ?? {});
-    annotations.catch(() => undefined);
-    return findArtifact(registry, image, annotations, trust === 'referrers', signal);
   }
 
   *#candidates(
@@ -273,68 +240,6 @@ export class PublishedIndexes {
         };
       }
     }
-  }
-
-  #find(image: Image): Promise<Published | undefined> {
-    const key = formatReference(image);
-    const known = this.#images.get(key);
-    if (known !== undefined) return known;
-    const finding = this.#ask(image).catch((error: unknown) => {
-      this.#options.log.debug({ image: key, err: error }, 'no published index could be looked for');
-      this.#images.set(key, Promise.resolve(undefined), { ttl: FAILED_KEPT_MS });
-      return undefined;
-    });
-    this.#images.set(key, finding);
-    return finding;
-  }
-
-  async #ask(image: Image): Promise<Published> {
-    const { registry, trust, sources, lookupTimeoutMs, log } = this.#options;
-    const signal = AbortSignal.timeout(lookupTimeoutMs);
-    let [failed, lost] = [false, false];
-    const fetching = this.#manifest(image, signal);
-    fetching.catch(() => (lost = true));
-    const annotations = fetching.then((manifest) => manifest?.annotations ?? {});
-    const referrers = trust === 'referrers';
-    // One kind that cannot be had says nothing of the others.
-    const attempt = async <T>(
-      kind: IndexSource,
-      find: () => Promise<T | undefined>,
-    ): Promise<T | undefined> => {
-      if (!sources.includes(kind)) return undefined;
-      try {
-        return await find();
-      } catch (error) {
-        failed = true;
-        if (lost) return undefined;
-        const about = { image: formatReference(image), kind, reason: String(error) };
-        if (signal.aborted) log.debug(about, 'no published index could be looked for');
-        else log.warn(about, 'a published index cannot be used');
-        return undefined;
-      }
-    };
-    const finding = Promise.all([
-      attempt('erofs-nbd', () => findArtifact(registry, image, annotations, referrers, signal)),
-      attempt('soci', () => findSociIndex(registry, image, annotations, referrers, signal)),
-    ]);
-    const tocs = annotatedTocs((await fetching)?.layers ?? []);
-    const [artifact, soci] = await finding;
-    if (failed && artifact === undefined && soci === undefined) this.#keepShortly(image);
-    return { artifact, soci, tocs };
-  }
-
-  async #manifest(image: Image, signal: AbortSignal): Promise<ImageManifest | undefined> {
-    const { registry, manifest } = this.#options;
-    if (manifest !== undefined) return manifest(image, signal);
-    const fetched = await registry.fetchManifest(image, { signal });
-    return fetched.kind === 'manifest' ? fetched.manifest : undefined;
-  }
-
-  /** Has a registry that could not be asked be asked again soon. */
-  #keepShortly(image: Image): void {
-    const key = formatReference(image);
-    const answer = this.#images.get(key);
-    if (answer !== undefined) this.#images.set(key, answer, { ttl: FAILED_KEPT_MS });
   }
 
   async #importArtifact(
