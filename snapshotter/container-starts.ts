@@ -7,7 +7,7 @@ import { z } from 'zod';
 import type { Logger } from '../daemon/log.js';
 import { containersService } from '../proto/service.js';
 import type { ContainerdClient } from './containerd-client.js';
-import type { DataPlane } from './layer-attachments.js';
+import type { DataPlane } from './layer-devices.js';
 
 export interface ContainerStartsOptions {
   readonly dataPlane: () => Promise<DataPlane>;

@@ -8,7 +8,7 @@ import { control } from '../proto/messages.js';
 import { CallError } from '../proto/unary-call.js';
 import { classifyLayer } from '../blobserve/registry/media-type.js';
 import type { DiscoveredLayer, ImageDiscovery } from './image-discovery.js';
-import type { DataPlane } from './layer-attachments.js';
+import type { DataPlane } from './layer-devices.js';
 import { LABEL_SNAPSHOT_REF, layerReference, type LayerReference } from './layer-reference.js';
 
 export interface LayerFinderOptions {
