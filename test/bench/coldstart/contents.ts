@@ -9,6 +9,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { execa } from 'execa';
 import { layout } from '../../../daemon/layout.js';
 import { cacheDirectory, checkout, ctrRemoteProgram } from '../../debian/packages.js';
+import { erofsUtilsProgram } from '../../erofs-utils.js';
 import type { LayerFormat } from '../../image/layer-blob.js';
 import type { Image } from '../../image/oci-layout.js';
 import type { Containerd } from '../../stack/containerd.js';
@@ -60,6 +61,14 @@ async function pushIndex({ target, scratch }: Making, ...options: string[]): Pro
   await execa(process.execPath, [command, 'index', '--push', '--json', '--out', out, ...options, target]);
 }
 
+/** `erofs-nbd convert`, with mkfs.erofs of Debian sid. @param options more of its options */
+async function convert({ source, target, scratch }: Making, ...options: string[]): Promise<void> {
+  const command = path.join(checkout, 'dist', 'cli', 'main.js');
+  const mkfs = await erofsUtilsProgram('mkfs.erofs', path.join(scratch.directory, 'programs'));
+  const places = ['--tmpdir', scratch.directory, '--mkfs', mkfs, source, target];
+  await execa(process.execPath, [command, 'convert', '--json', ...places, ...options]);
+}
+
 /** The same with what a start of the image was recorded to read: it is pulled and run once, on a node of its own. */
 async function pushIndexWithList(making: Making): Promise<void> {
   const { target, scratch } = making;
@@ -80,6 +89,9 @@ async function pushIndexWithList(making: Making): Promise<void> {
   await writeFile(file, configuration);
   await pushIndex(making, '--config', file, '--with-prefetch');
 }
+
+/** What docs/convert.md recommends where kernels read it. */
+const ZSTD = ['--compress', 'zstd', '--', '-C16384', '-Efragments'];
 
 /** A new one is an entry here, and a system in systems.ts that names it. */
 export const CONTENTS: Readonly<Record<string, Content>> = {
@@ -102,6 +114,21 @@ export const CONTENTS: Readonly<Record<string, Content>> = {
     format: 'erofs-lz4hc',
     ours: true,
     make: pushIndexWithList,
+  },
+  'native-zstd': {
+    is: `native EROFS layers of \`erofs-nbd convert ${ZSTD.join(' ')}\``,
+    format: 'tar+gzip',
+    ...{ ours: true, converted: true },
+    make: (making) => convert(making, ...ZSTD),
+  },
+  'native-zstd-list': {
+    is: 'the same, with the list of `erofs-nbd index --push --with-prefetch`',
+    format: 'tar+gzip',
+    ...{ ours: true, converted: true },
+    make: async (making) => {
+      await convert(making, ...ZSTD);
+      await pushIndexWithList(making);
+    },
   },
   soci: {
     is: 'tar.gz layers, with what `soci create` and `soci push` make (spans of 4 MiB; none for layers below 10 MiB)',

@@ -165,8 +165,10 @@ const pids = (containerd: Containerd, daemon: Daemon): Record<string, number> =>
 
 export const SYSTEMS: readonly ColdSystem[] = [
   ours({ name: 'erofs-nbd-native', content: 'native' }),
+  ours({ name: 'erofs-nbd-native-zstd', content: 'native-zstd' }),
   ours({ name: 'erofs-nbd-index', content: 'index' }),
   ours({ name: 'erofs-nbd-native-list', content: 'native-list' }),
+  ours({ name: 'erofs-nbd-native-zstd-list', content: 'native-zstd-list' }),
   ours({ name: 'erofs-nbd-index-list', content: 'index-list' }),
   ours({ name: 'erofs-nbd-soci', content: 'soci' }),
   ours({ name: 'erofs-nbd-estargz', content: 'estargz' }),
