@@ -9,7 +9,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { execa } from 'execa';
 import { layout } from '../../../daemon/layout.js';
 import { cacheDirectory, checkout, ctrRemoteProgram } from '../../debian/packages.js';
-import { erofsUtilsProgram } from '../../erofs-utils.js';
+import { erofsUtilsProgram, fetchErofsUtils } from '../../erofs-utils.js';
 import type { LayerFormat } from '../../image/layer-blob.js';
 import type { Image } from '../../image/oci-layout.js';
 import type { Containerd } from '../../stack/containerd.js';
@@ -64,6 +64,7 @@ async function pushIndex({ target, scratch }: Making, ...options: string[]): Pro
 /** `erofs-nbd convert`, with mkfs.erofs of Debian sid. @param options more of its options */
 async function convert({ source, target, scratch }: Making, ...options: string[]): Promise<void> {
   const command = path.join(checkout, 'dist', 'cli', 'main.js');
+  fetchErofsUtils();
   const mkfs = await erofsUtilsProgram('mkfs.erofs', path.join(scratch.directory, 'programs'));
   const places = ['--tmpdir', scratch.directory, '--mkfs', mkfs, source, target];
   await execa(process.execPath, [command, 'convert', '--json', ...places, ...options]);
@@ -91,12 +92,33 @@ async function pushIndexWithList(making: Making): Promise<void> {
 }
 
 /** What docs/convert.md recommends where kernels read it. */
-const ZSTD = ['--compress', 'zstd', '--', '-C16384', '-Efragments'];
+const ZSTD = ['--compress', 'zstd,level=9', '--', '-C16384'];
+
+/** Native EROFS layers, made by our own program of the same tar.gz. @param options of `erofs-nbd convert` */
+const native = (...options: string[]): Content => ({
+  is: `native EROFS layers of \`${['erofs-nbd', 'convert', ...options].join(' ')}\``,
+  format: 'tar+gzip',
+  ...{ ours: true, converted: true },
+  make: (making) => convert(making, ...options),
+});
+
+/** The same with a prefetch list. */
+const nativeWithList = (...options: string[]): Content => ({
+  ...native(...options),
+  is: `${native(...options).is}, with the list of \`erofs-nbd index --push --with-prefetch\``,
+  make: async (making) => {
+    await convert(making, ...options);
+    await pushIndexWithList(making);
+  },
+});
 
 /** A new one is an entry here, and a system in systems.ts that names it. */
 export const CONTENTS: Readonly<Record<string, Content>> = {
   'tar.gz': { is: 'tar.gz layers', format: 'tar+gzip' },
-  native: { is: 'native EROFS layers, lz4hc', format: 'erofs-lz4hc' },
+  native: native(),
+  'native-list': nativeWithList(),
+  'native-zstd': native(...ZSTD),
+  'native-zstd-list': nativeWithList(...ZSTD),
   index: {
     is: 'tar.gz layers, with what `erofs-nbd index --push` makes',
     format: 'tar+gzip',
@@ -108,27 +130,6 @@ export const CONTENTS: Readonly<Record<string, Content>> = {
     format: 'tar+gzip',
     ours: true,
     make: pushIndexWithList,
-  },
-  'native-list': {
-    is: 'native EROFS layers, lz4hc, with the list of `erofs-nbd index --push --with-prefetch`',
-    format: 'erofs-lz4hc',
-    ours: true,
-    make: pushIndexWithList,
-  },
-  'native-zstd': {
-    is: `native EROFS layers of \`erofs-nbd convert ${ZSTD.join(' ')}\``,
-    format: 'tar+gzip',
-    ...{ ours: true, converted: true },
-    make: (making) => convert(making, ...ZSTD),
-  },
-  'native-zstd-list': {
-    is: 'the same, with the list of `erofs-nbd index --push --with-prefetch`',
-    format: 'tar+gzip',
-    ...{ ours: true, converted: true },
-    make: async (making) => {
-      await convert(making, ...ZSTD);
-      await pushIndexWithList(making);
-    },
   },
   soci: {
     is: 'tar.gz layers, with what `soci create` and `soci push` make (spans of 4 MiB; none for layers below 10 MiB)',
