@@ -195,6 +195,7 @@ export async function provide(
   const inputs = [
     built.manifest.digest,
     name,
+    content.is,
     content.revision ?? 1,
     content.ours && (await programsDigest()),
   ];
