@@ -38,7 +38,7 @@ import { StartRecordings } from './start-recordings.js';
 import { Verifications } from './verification.js';
 import { openRegistryClient } from './open-registry-client.js';
 import { PullCredentials } from './registry/pull-credentials.js';
-import { rehearseDevice, rehearseExchange, rehearseUntil } from './rehearsal.js';
+import { rehearseDevice, rehearseExchange, rehearseTrust, rehearseUntil } from './rehearsal.js';
 import { toldToServe } from './told-to-serve.js';
 
 interface CommandLine {
@@ -299,7 +299,8 @@ async function main(): Promise<void> {
     }),
   );
   // FUSE's connection has one reader, the process that serves: there is no second one to rehearse with.
-  await rehearseUntil(told, [rehearseExchange, ...(options.attach === 'nbd' ? [rehearseDevice] : [])], log);
+  const devices = options.attach === 'nbd' ? [rehearseDevice] : [];
+  await rehearseUntil(told, [rehearseExchange, ...devices, rehearseTrust], log);
   const socket = await ControlSocket.bind(controlServer, layout.controlSocket);
   // A process that stands by waits here, with all that needs no device behind it.
   if (!(await told)) {
@@ -322,7 +323,9 @@ async function main(): Promise<void> {
   // A process that has nobody waiting for it is ready for the first pull.
   setTimeout(() => {
     if (server.size > 0) return;
-    rehearseExchange().catch((error: unknown) => log.warn({ err: error }, 'the rehearsal failed'));
+    Promise.all([rehearseExchange(), rehearseTrust()]).catch((error: unknown) =>
+      log.warn({ err: error }, 'the rehearsal failed'),
+    );
   }, REHEARSE_AFTER).unref();
   log.info({ version: VERSION, backend: options.attach, socket: layout.controlSocket }, 'serving');
 }

@@ -1,19 +1,20 @@
 import { readdirSync } from 'node:fs';
 import { describe, expect, test } from 'vitest';
 import { createLogger } from '../daemon/log.js';
-import { rehearseDevice, rehearseExchange, rehearseUntil } from './rehearsal.js';
+import { rehearseDevice, rehearseExchange, rehearseTrust, rehearseUntil } from './rehearsal.js';
 
 const log = createLogger('blobserve', 'error');
 const never = new Promise<never>(() => undefined);
 const descriptors = (): number => readdirSync('/proc/self/fd').length;
 
 describe('a process that stands by', () => {
-  test('rehearses an exchange and a device, and keeps no descriptor of it', async () => {
+  test('rehearses an exchange, a device and its trust, and keeps no descriptor of it', async () => {
     // What is loaded for the first time may open something for good.
     await rehearseExchange();
     await rehearseDevice();
+    await rehearseTrust();
     const before = descriptors();
-    await rehearseUntil(never, [rehearseExchange, rehearseDevice], log);
+    await rehearseUntil(never, [rehearseExchange, rehearseDevice, rehearseTrust], log);
     expect(descriptors()).toBe(before);
   });
 

@@ -1,7 +1,8 @@
 /**
  * What a process that stands by does once, before anybody waits for it: one exchange by HTTP and some reads of a device, over sockets
- * that end in this process. What is loaded and compiled for the first time then is not when readers wait: on a slow machine that is
- * most of what a takeover takes. Nothing is asked of a registry or of the kernel, nothing is counted.
+ * that end in this process; and it reads the certificates that are trusted. What is loaded and compiled for the first time then
+ * is not when readers wait: on a slow machine that is most of what a takeover takes. Nothing is asked of a registry or of the
+ * kernel, nothing is counted.
  */
 import { Socket } from 'node:net';
 import { setTimeout as sleep } from 'node:timers/promises';
@@ -12,6 +13,7 @@ import { ReplyMemory } from './attach/reply-memory.js';
 import { socketpair } from './linux/socketpair.js';
 import type { BlobReader } from './readers/blob-reader.js';
 import { loadUndici } from './registry/dispatchers.js';
+import { secureContext } from './registry/trust.js';
 
 /** Milliseconds within which a process that is started to serve is told so, once it is loaded. */
 const TOLD_AT_ONCE = 50;
@@ -74,6 +76,13 @@ export async function rehearseExchange(): Promise<void> {
     await agent.destroy();
     server.destroy();
   }
+}
+
+/** The certificates that are trusted are read, which the first connection with TLS would wait for. */
+export async function rehearseTrust(): Promise<void> {
+  // Behind what else begins in this step.
+  await Promise.resolve();
+  secureContext([]);
 }
 
 /** A device is read, by a kernel that is the other end of a pair of sockets: what is there at once, and what is not. */

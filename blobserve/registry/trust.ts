@@ -27,7 +27,7 @@ const BUNDLES = [
 
 /**
  * Contexts by what is in them. Making one reads each certificate, about 75 ms of the event loop for those of Debian 12:
- * so they are made once per process and content, when the first connection needs them.
+ * so they are made once per process and content, when the first connection needs them or nobody waits (rehearsal.ts).
  */
 const contexts = new LRUCache<string, SecureContext>({ max: 64 });
 let ordinary: readonly string[] | undefined;
