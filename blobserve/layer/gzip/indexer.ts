@@ -348,7 +348,8 @@ export class GzipIndexer {
     const length = this.#inflater.copyWindow(this.#window);
     const window = this.#window.subarray(0, length);
     const point = { in: position, out: this.#uncompressed, bits, window };
-    this.#open = { point, lastByte: byteBefore };
+    // Nobody wants the head of it otherwise.
+    if (this.#options.onCheckpoint !== undefined) this.#open = { point, lastByte: byteBefore };
     this.#headFilled = 0;
     return point;
   }
