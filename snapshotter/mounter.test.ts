@@ -74,12 +74,14 @@ describe('the mounter', () => {
 
   it('gives up a child that hangs, and other calls go on', async () => {
     const program = await child("if (request.operation === 'unmount') process.send({ ok: true })");
-    mounter = new Mounter({ timeoutMs: 1500, maxChildren: 1, program });
+    // The other call has as long, and a child to be started in it, on a machine that may be busy.
+    const timeoutMs = patience(5000);
+    mounter = new Mounter({ timeoutMs, maxChildren: 1, program });
     const hanging = mounter.mountErofs('source', target);
     const other = mounter.unmount(target);
     await expect(hanging).rejects.toMatchObject({
       code: 'ETIMEDOUT',
-      message: `mount of source on ${target}: no answer within 1500 ms`,
+      message: `mount of source on ${target}: no answer within ${timeoutMs} ms`,
     });
     await other;
     expect(await pids()).toHaveLength(2);
