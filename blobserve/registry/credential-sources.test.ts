@@ -2,6 +2,7 @@ import { chmodSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync 
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { patience } from '../../test/patience.js';
 import { matchingKeys } from './credential-key.js';
 import { parseConfiguration } from '../../daemon/configuration.js';
 import { CredentialProviders } from './credential-provider.js';
@@ -235,7 +236,11 @@ describe('credential providers of the kubelet', () => {
       auth: { '*.example': { username: 'plugin', password: 's3cret' } },
       ...changes,
     })}'`;
-  const configure = (provider: Record<string, unknown> = {}, document?: string) => {
+  const configure = (
+    provider: Record<string, unknown> = {},
+    document?: string,
+    timeoutMs = patience(20_000),
+  ) => {
     const config = path.join(folder, 'providers.json');
     const providers = [
       {
@@ -252,7 +257,7 @@ describe('credential providers of the kubelet', () => {
     return new CredentialProviders({
       config,
       directory: path.join(folder, 'bin'),
-      timeoutMs: 500,
+      timeoutMs,
       onProblem,
     });
   };
@@ -283,12 +288,12 @@ describe('credential providers of the kubelet', () => {
   it('are asked each time when they say so, and again when an answer is over', async () => {
     program('plugin', response({ cacheDuration: '0s' }));
     await configure().lookup('r.example', 'team/app');
-    program('plugin', response({ cacheDuration: '300ms', cacheKeyType: 'Image' }));
+    program('plugin', response({ cacheDuration: '3s', cacheKeyType: 'Image' }));
     const providers = configure();
     await providers.lookup('r.example', 'team/app');
     await providers.lookup('r.example', 'team/app');
     expect(runs()).toBe(2);
-    await new Promise((resolve) => setTimeout(resolve, 350));
+    await new Promise((resolve) => setTimeout(resolve, 3100));
     await providers.lookup('r.example', 'team/app');
     expect(runs()).toBe(3);
   });
@@ -302,9 +307,9 @@ describe('credential providers of the kubelet', () => {
       response({ cacheKeyType: 's3cret' }),
       'CredentialProviderResponse of v1 (cacheKeyType)',
     ],
-  ])('that %s is told of, and left alone for a while', async (_name, body, message) => {
+  ])('that %s is told of, and left alone for a while', async (name, body, message) => {
     program('plugin', body);
-    const providers = configure();
+    const providers = configure({}, undefined, name === 'hangs' ? 500 : undefined);
     expect(await providers.lookup('r.example', 'team/app')).toEqual([]);
     expect(await providers.lookup('r.example', 'team/app')).toEqual([]);
     expect(runs()).toBe(1);
