@@ -67,7 +67,7 @@ describe('a hedged client', () => {
   });
 
   it('gives the error when both fail', async () => {
-    client = new RegistryClient({ hedge: true, headersTimeoutMs: 300 });
+    client = new RegistryClient({ hedge: true, headersTimeoutMs: 2000 });
     await learn();
     server.failAlways('/blobs/', hang);
     await expect(read()).rejects.toThrow('no answer');

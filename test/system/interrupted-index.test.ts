@@ -223,7 +223,7 @@ describe.each([
   test('by a registry that is away too long fails the pull, and the next one fetches the rest only', async () => {
     await snapshotter.stop();
     await snapshotter.stopServing();
-    const short = configuration.replace('[fetch]', '[fetch]\nread_deadline = "1s"');
+    const short = configuration.replace('[fetch]', '[fetch]\nread_deadline = "4s"');
     snapshotter = await stack.startSnapshotter({ configuration: short });
     client.close();
     client = new SnapshotsClient(snapshotter.plugin.address);
