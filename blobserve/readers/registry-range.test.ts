@@ -19,7 +19,12 @@ import { ReadError } from './blob-reader.js';
 import { RegistryRangeReader } from './registry-range.js';
 
 const SIZE = 300_000;
-const LIMITS = { connectTimeoutMs: 5000, headersTimeoutMs: 1500, bodyTimeoutMs: 1500, requestTimeoutMs: 10_000 };
+const LIMITS = {
+  connectTimeoutMs: 5000,
+  headersTimeoutMs: 1500,
+  bodyTimeoutMs: 1500,
+  requestTimeoutMs: 10_000,
+};
 
 let server: FaultServer;
 let client: RegistryClient;
