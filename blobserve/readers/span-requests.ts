@@ -4,28 +4,20 @@
  * behind what a reader waits for), what readers wait for before what is only likely to be read, and that before what nobody
  * has asked for.
  */
-import type { Logger } from '../../daemon/log.js';
 import type { BlobReader, ReadError } from './blob-reader.js';
 import type { BufferPool, Urgency } from './buffer-pool.js';
 import { counted } from '../metrics.js';
 import type { FetchSlots, FetchUrgency } from './fetch-slots.js';
 import { PendingSpans } from './pending-spans.js';
-import type { ReadingRecord } from './reading-record.js';
-import { SpanFetches, type SpanRange } from './span-fetches.js';
+import { SpanFetches, type SpanFetchesOptions, type SpanRange } from './span-fetches.js';
 import { SpanState } from './span-state.js';
 import type { SpanStore } from './span-store.js';
 import { WantedRanges } from './wanted-ranges.js';
 
-export interface SpanRequestsOptions {
-  /** The blob, for messages. */
-  name: string;
-  next: BlobReader;
-  store: SpanStore;
+export interface SpanRequestsOptions extends Omit<SpanFetchesOptions, 'pending'> {
   buffers: BufferPool;
   /** Shared by all blobs of a host; undefined: no bound but that of the buffers. */
   slots: FetchSlots | undefined;
-  /** Bytes. */
-  spanSize: number;
   /** Bytes that are asked for at least, from a multiple of it on, for what somebody waits for. */
   minRangeBytes: number;
   /** Bytes of one request at most; at least one span is asked for. */
@@ -34,11 +26,6 @@ export interface SpanRequestsOptions {
   maxBackgroundRequests: number;
   /** Bytes of memory for spans that the disk refused. */
   uncachedBytes: number;
-  /** See CacheReaderOptions. */
-  verify: ((span: number, bytes: Buffer) => boolean | Promise<boolean>) | undefined;
-  /** Told of every request to the stage below when it has ended. */
-  record: Pick<ReadingRecord, 'fetched'> | undefined;
-  log: Logger;
 }
 
 /** A download that no reader waits for: resolves with how many bytes came, when all that were missing have. */
