@@ -35,7 +35,7 @@ export const EXCEPTIONS: Readonly<Record<string, Exception>> = {
   'erofs-nbd convert --platform linux/amd64 --platform linux/arm64 registry.example.com/app:1 oci:/srv/app:1':
     { why: NO_MKFS },
   'erofs-nbd convert --keep-original oci:/srv/app:1 registry.example.com/app:both': { why: NO_MKFS },
-  'erofs-nbd convert --compress zstd,level=9 registry.example.com/app:1 registry.example.com/app:1-zstd -- -C16384':
+  'erofs-nbd convert --compress zstd,level=9 registry.example.com/app:1 registry.example.com/app:1-zstd -- -C16384 -Efragments':
     { why: NO_MKFS },
   'systemctl disable --now erofs-nbd-snapshotter': {
     why: 'there is no systemd: npm run test:systemd has one',

@@ -92,7 +92,7 @@ async function pushIndexWithList(making: Making): Promise<void> {
 }
 
 /** What docs/convert.md recommends where kernels read it. */
-const ZSTD = ['--compress', 'zstd,level=9', '--', '-C16384'];
+const ZSTD = ['--compress', 'zstd,level=9', '--', '-C16384', '-Efragments'];
 
 /** Native EROFS layers, made by our own program of the same tar.gz. @param options of `erofs-nbd convert` */
 const native = (...options: string[]): Content => ({
