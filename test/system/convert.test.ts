@@ -7,6 +7,7 @@ import { execFile } from 'node:child_process';
 import { mkdir, readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import http from 'node:http';
 import type { AddressInfo } from 'node:net';
+import os from 'node:os';
 import path from 'node:path';
 import { gunzipSync } from 'node:zlib';
 import { execa } from 'execa';
@@ -29,6 +30,13 @@ import { testUnless } from './test-unless.js';
 
 const missing = (await missingForSystemTests()) ?? whyNoErofsMount();
 const test = testUnless(missing);
+
+function tooOldForZstd(): string | undefined {
+  const [major = 0, minor = 0] = os.release().split('.').map(Number);
+  return major > 6 || (major === 6 && minor >= 10)
+    ? undefined
+    : `Linux ${os.release()} does not read zstd; 6.10 does`;
+}
 
 const OWN_TYPE = 'application/vnd.oci.image.layer.v1.erofs';
 const GREETING = TINY_GREETING.trimEnd();
@@ -112,26 +120,39 @@ const LOOK = [
 ];
 const SEEN = [GREETING, 'all that is left', 'fresh', 'gone', '3', 'now a directory'].join('\n');
 
+/** Each layer of it has the files that tar extracts of its source. */
+async function expectTrees({ images }: Converted, layout: string): Promise<void> {
+  const layers = images[0]?.layers ?? [];
+  expect(layers.map(({ outcome }) => outcome)).toEqual(['converted', 'converted', 'converted']);
+  for (const [index, { digest, source: original }] of layers.entries()) {
+    expect(original.digest).toBe(image.layers[index]?.digest);
+    const tar = at('layer.tar');
+    await writeFile(tar, gunzipSync(await readFile(blobPath(image.layout, original.digest))));
+    const scratch = at(`scratch-${index}`);
+    await mkdir(scratch);
+    const wanted = await extractedTree(tar, scratch);
+    const found = withErofsMount(blobPath(layout, digest), (mountPoint) => readTree(mountPoint));
+    expect(compareTrees(wanted, found)).toEqual([]);
+    await rm(scratch, { recursive: true });
+  }
+}
+
 describe('convert', () => {
   test('makes of each layer an EROFS image with the files of its tar, and the same bytes every time', async () => {
     const first = await converted(source, `oci:${at('layout')}:1`);
-    const layers = first.images[0]?.layers ?? [];
-    expect(layers.map(({ outcome }) => outcome)).toEqual(['converted', 'converted', 'converted']);
-    for (const [index, { digest, source: original }] of layers.entries()) {
-      expect(original.digest).toBe(image.layers[index]?.digest);
-      const tar = at('layer.tar');
-      await writeFile(tar, gunzipSync(await readFile(blobPath(image.layout, original.digest))));
-      const scratch = at(`scratch-${index}`);
-      await mkdir(scratch);
-      const wanted = await extractedTree(tar, scratch);
-      const found = withErofsMount(blobPath(at('layout'), digest), (mountPoint) => readTree(mountPoint));
-      expect(compareTrees(wanted, found)).toEqual([]);
-      await rm(scratch, { recursive: true });
-    }
+    await expectTrees(first, at('layout'));
     await rm(at('cache'), { recursive: true });
     const second = await converted(source, `oci:${at('layout-2')}`, '--quiet');
     expect(second).toMatchObject({ digest: first.digest, images: first.images });
   });
+
+  testUnless(missing ?? tooOldForZstd())(
+    'makes the same trees as docs/convert.md recommends where kernels read zstd',
+    async () => {
+      const options = ['--compress', 'zstd,level=9', '--', '-C16384', '-Efragments'];
+      await expectTrees(await converted(source, `oci:${at('layout-zstd')}:1`, ...options), at('layout-zstd'));
+    },
+  );
 
   test('keeps configuration, history and names, and says what the layers are', async () => {
     const { manifest, config, diffIds, layers } = (await readLayout(at('layout'))) as Image;
