@@ -32,7 +32,12 @@ export interface IndexSearchOptions {
 
 export type Image = Reference & { readonly digest: string };
 
-/** @throws {ImageReferenceError} @param manifestDigest of the platform's manifest */
+/**
+ * An image of one platform.
+ *
+ * @param manifestDigest of the platform's manifest
+ * @throws {ImageReferenceError} when `imageRef` is no reference
+ */
 export function imageOf(imageRef: string, manifestDigest: string): Image {
   return { ...parseReference(imageRef), digest: manifestDigest };
 }
